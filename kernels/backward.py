@@ -1,0 +1,130 @@
+"""Local gradients: recompute a block of logits, turn it into logit gradients, and let two GEMMs of torch take it on.
+
+    dz_tj = exp(z_tj − lse_t) · g_lse_t + [j = y_t] · g_target_t
+
+The kernel writes the logit gradients of one block of rows into the fixed workspace in the inputs' dtype; subtraction of
+the one-hot happens in fp32, before that rounding. ``sweep.py`` walks the blocks. ``T`` tokens, ``V`` rows of the shard,
+``H`` hidden size.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vocab_parallel_fused.kernels.configs import tile_config
+from vocab_parallel_fused.kernels.sweep import DlogitsCoefficients, sweep_grads
+from vocab_parallel_fused.kernels.tiles import current_arch, logits_tile, operand_kwargs, tile_position
+
+
+@triton.jit
+def dlogits_kernel(
+    hidden,  # [T, H] descriptor or pointer
+    weight,  # [V, H] descriptor or pointer
+    bias_ptr,  # [V]
+    target_row_ptr,  # [T] int64, −1: not in this shard
+    lse_ptr,  # [T]
+    grad_lse_ptr,  # [T]
+    grad_target_logit_ptr,  # [T]
+    dlogits_ptr,  # [T, V] out
+    T,
+    V,
+    H,
+    first_row,  # number of the block's first row in the shard, as target_row counts
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_weight_v,
+    stride_weight_h,
+    stride_dlogits_t,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)
+    off_t = pid_t * BLOCK_T
+    off_v = pid_v * BLOCK_V
+    z = logits_tile(
+        hidden,
+        weight,
+        bias_ptr,
+        off_t,
+        off_v,
+        T,
+        V,
+        H,
+        stride_hidden_t,
+        stride_hidden_h,
+        stride_weight_v,
+        stride_weight_h,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_H,
+        HAS_BIAS,
+        USE_DESCRIPTORS,
+        PRECISION,
+    )
+    offs_t = off_t + tl.arange(0, BLOCK_T)
+    offs_v = off_v + tl.arange(0, BLOCK_V)
+    mask_t = offs_t < T
+    target_row = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1).to(tl.int32)
+    lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
+    grad_lse = tl.load(grad_lse_ptr + offs_t, mask=mask_t, other=0.0)
+    grad_target_logit = tl.load(grad_target_logit_ptr + offs_t, mask=mask_t, other=0.0)
+
+    is_target = (target_row - first_row)[:, None] == offs_v[None, :]
+    dlogits = tl.exp(z - lse[:, None]) * grad_lse[:, None] + tl.where(is_target, grad_target_logit[:, None], 0.0)
+    tl.store(
+        dlogits_ptr + offs_t.to(tl.int64)[:, None] * stride_dlogits_t + offs_v[None, :],
+        dlogits.to(dlogits_ptr.dtype.element_ty),
+        mask=mask_t[:, None] & (offs_v < V)[None, :],
+    )
+
+
+def local_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_row: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor,
+    grad_target_logit: Tensor,
+    *,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    workspace_bytes: int,
+) -> None:
+    """As ``eager.local_grads``."""
+    arch = current_arch()
+    tile = tile_config(arch, hidden.dtype)
+
+    def write_dlogits(tokens: slice, rows: slice, coefficients: DlogitsCoefficients, out: Tensor) -> None:
+        num_tiles = triton.cdiv(out.shape[0], tile.block_t) * triton.cdiv(out.shape[1], tile.block_v)
+        dlogits_kernel[(num_tiles,)](
+            target_row_ptr=target_row[tokens],
+            lse_ptr=lse[tokens],
+            grad_lse_ptr=coefficients.grad_lse[tokens],
+            grad_target_logit_ptr=coefficients.grad_target_logit[tokens],
+            dlogits_ptr=out,
+            first_row=rows.start,
+            stride_dlogits_t=out.stride(0),
+            **operand_kwargs(hidden[tokens], weight[rows], None if bias is None else bias[rows], arch, tile),
+        )
+
+    sweep_grads(
+        write_dlogits,
+        hidden,
+        weight,
+        DlogitsCoefficients(grad_lse.contiguous(), grad_target_logit.contiguous()),
+        dlogits_dtype=hidden.dtype,
+        bytes_per_logit=hidden.element_size(),
+        workspace_bytes=workspace_bytes,
+        tile=(tile.block_t, tile.block_v),
+        largest=(hidden.shape[0], weight.shape[0]),
+        dhidden=dhidden,
+        dweight=dweight,
+        dbias=dbias,
+    )

@@ -1,0 +1,149 @@
+"""The backward's walk over blocks of the vocabulary, shared by every implementation.
+
+For each block of rows, and within it each block of tokens:
+
+    dlogits [block_t, block_v]  ←  recomputed by the implementation, in the workspace
+    dhidden [block_t, H]        += dlogits @ weight            fp32, over all blocks of rows
+    dweight [block_v, H]        +=  dlogitsᵀ @ hidden          fp32, over the blocks of tokens (mostly one)
+    dbias   [block_v]           += Σ_t dlogits
+
+Rows of ``dweight`` are finished once and never read again. Both sums are accumulated in fp32, whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DlogitsCoefficients(NamedTuple):
+    """All that a loss needs to say about the gradient of its logits: one number per token and term."""
+
+    grad_lse: Tensor  # [T], times p_tj
+    grad_target_logit: Tensor  # [T], times [j = y_t]
+
+
+def even_block(total: int, largest: int, tile: int) -> int:
+    """A multiple of ``tile``, at most ``largest`` but at least one tile, that cuts ``total`` into nearly equal blocks."""
+    largest = max(tile, largest // tile * tile)
+    num_blocks = max(1, -(-total // largest))
+    return max(tile, -(-total // (num_blocks * tile)) * tile)
+
+
+def _slices(total: int, block: int) -> Iterator[slice]:
+    return (slice(start, min(start + block, total)) for start in range(0, total, block))
+
+
+def sweep_grads(
+    write_dlogits: Callable[[slice, slice, DlogitsCoefficients, Tensor], None],
+    hidden: Tensor,
+    weight: Tensor,
+    coefficients: DlogitsCoefficients,
+    *,
+    dlogits_dtype: torch.dtype,
+    bytes_per_logit: int,
+    workspace_bytes: int,
+    tile: tuple[int, int],
+    largest: tuple[int, int],
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Write the gradients that are wanted (not None).
+
+    Args:
+        write_dlogits: called with a slice of tokens, a slice of rows, the coefficients and a ``[tokens, rows]`` view of
+            the workspace, which it fills.
+        hidden, weight: ``[T, H]``, ``[V, H]``.
+        dlogits_dtype: of the workspace; the operand of the two GEMMs.
+        bytes_per_logit: memory for each element of a block, the implementation's temporaries included.
+        workspace_bytes: memory that blocks may take. All tokens are one block if a tile of rows then fits.
+        tile, largest: (tokens, rows) that a block is a multiple of, and at most. A block is at least one tile.
+        dhidden, dweight, dbias: ``[T, H]``, ``[V, H]``, ``[V]``, overwritten.
+    """
+    (T, H), V = hidden.shape, weight.shape[0]
+    dtype = torch.promote_types(dlogits_dtype, torch.float32)
+    unscale = None
+    if dlogits_dtype == torch.float16:
+        coefficients, unscale = _scale_to_unit(coefficients)
+
+    block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
+    # One GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory.
+    direct = dweight is not None and unscale is None and dweight.dtype == dlogits_dtype and block_t >= T > 0
+    bytes_per_row = block_t * bytes_per_logit + (0 if direct or dweight is None else H * dtype.itemsize)
+    block_v = even_block(V, min(largest[1], workspace_bytes // bytes_per_row), tile[1])
+
+    workspace = hidden.new_empty(block_t, block_v, dtype=dlogits_dtype)
+    dhidden_sum = None if dhidden is None else _accumulator(dhidden, dtype).zero_()
+    for rows in _slices(V, block_v):
+        dweight_rows = None if dweight is None else dweight[rows]
+        dweight_sum = dweight_rows if dweight_rows is None or direct else _accumulator(dweight_rows, dtype).zero_()
+        dbias_sum = None if dbias is None else dbias.new_zeros(rows.stop - rows.start, dtype=dtype)
+        for tokens in _slices(T, block_t):
+            dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
+            write_dlogits(tokens, rows, coefficients, dlogits)
+            if dhidden_sum is not None:
+                _matmul_into(dhidden_sum[tokens], dlogits, weight[rows], accumulate=True)
+            if dweight_sum is not None:
+                _matmul_into(dweight_sum, dlogits.t(), hidden[tokens], accumulate=not direct)
+            if dbias_sum is not None:
+                dbias_sum += dlogits.sum(dim=0, dtype=dtype)
+        _finish(dweight_rows, dweight_sum, unscale)
+        _finish(None if dbias is None else dbias[rows], dbias_sum, unscale)
+    _finish(dhidden, dhidden_sum, unscale)
+
+
+def _scale_to_unit(coefficients: DlogitsCoefficients) -> tuple[DlogitsCoefficients, Tensor]:
+    """Scale by a power of two so that the largest coefficient is in (1/2, 1]; return also the factor that undoes it.
+
+    In fp16 the gradient of a mean over many tokens, or an upstream gradient scaled against underflow elsewhere, would
+    leave the range of the workspace. A power of two changes no bit of what stays inside it.
+    """
+    largest = torch.stack(coefficients).abs().amax()
+    usable = (largest > 0) & torch.isfinite(largest)
+    exponent = torch.ceil(torch.log2(largest.where(usable, 1.0)))
+    # fp32 holds 2^±126 as a normal number, so that neither factor is lost.
+    unscale = torch.exp2(exponent.clamp(-126, 126))
+    return DlogitsCoefficients(*(coefficient / unscale for coefficient in coefficients)), unscale
+
+
+def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where ``out`` is summed: in ``out`` itself if its precision suffices, else in memory of its shape."""
+    return out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
+
+
+def _finish(out: Tensor | None, total: Tensor | None, unscale: Tensor | None) -> None:
+    """Round a finished sum into ``out``, undoing the scale."""
+    if out is None or total is None:
+        return
+    if unscale is not None:
+        total *= unscale
+    if total is not out:
+        out.copy_(total)
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """``out = a @ b``, or ``out += a @ b``, summed in ``out``'s precision and at least fp32 inside the GEMM."""
+    beta = 1 if accumulate else 0
+    if a.dtype == b.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.dtype == b.dtype and _has_mixed_gemm(out.device, a.dtype):
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+@functools.cache
+def _has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device multiplies 16-bit matrices into an fp32 one in place. CUDA does; asking is the only way to know."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,126 @@
+"""What the Triton kernels share: where a tile is, how its logits are computed, and how its operands are passed."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vocab_parallel_fused.kernels.configs import TileConfig, has_tensor_descriptors
+
+INTERPRETED = triton.knobs.runtime.interpret
+# A constexpr global: what kernels may read of it.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def tile_position(pid, num_t, num_v, GROUP_T: tl.constexpr):
+    """Map a program to (token block, row block), walking groups of GROUP_T token blocks, tokens fastest."""
+    group_size = GROUP_T * num_v
+    first_t = pid // group_size * GROUP_T
+    rows_t = tl.minimum(num_t - first_t, GROUP_T)
+    in_group = pid % group_size
+    return first_t + in_group % rows_t, in_group // rows_t
+
+
+@triton.jit
+def logits_tile(
+    hidden,  # [T, H] tensor descriptor or pointer
+    weight,  # [V, H] tensor descriptor or pointer
+    bias_ptr,  # [V]
+    off_t,
+    off_v,
+    T,
+    V,
+    H,
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_weight_v,
+    stride_weight_h,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """z [BLOCK_T, BLOCK_V] in fp32, −inf in columns that are no row of the shard. Rows past T hold anything."""
+    offs_v = off_v + tl.arange(0, BLOCK_V)
+    z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    if USE_DESCRIPTORS:
+        for off_h in range(0, H, BLOCK_H):
+            x = hidden.load([off_t, off_h])
+            w = weight.load([off_v, off_h])
+            z = _dot(x, w, z, PRECISION)
+    else:
+        # Clamped rather than masked: what a row or column past the end computes is never used.
+        offs_t = tl.minimum(off_t + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
+        rows_v = tl.minimum(offs_v, V - 1).to(tl.int64)
+        offs_h = tl.arange(0, BLOCK_H)
+        hidden_ptrs = hidden + offs_t[:, None] * stride_hidden_t + offs_h[None, :] * stride_hidden_h
+        weight_ptrs = weight + rows_v[:, None] * stride_weight_v + offs_h[None, :] * stride_weight_h
+        for off_h in range(0, H, BLOCK_H):
+            mask_h = (offs_h < H - off_h)[None, :]
+            x = tl.load(hidden_ptrs, mask=mask_h, other=0.0)
+            w = tl.load(weight_ptrs, mask=mask_h, other=0.0)
+            z = _dot(x, w, z, PRECISION)
+            hidden_ptrs += BLOCK_H * stride_hidden_h
+            weight_ptrs += BLOCK_H * stride_weight_h
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    return tl.where((offs_v < V)[None, :], z, -float("inf"))
+
+
+@triton.jit
+def _dot(x, w, z, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # the interpreter multiplies bf16 bit patterns as integers
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w.T, z, input_precision=PRECISION)
+
+
+def current_arch() -> str:
+    """``"sm_90"``, ``"gfx942"`` or the like of the current device; ``"interpreter"`` without one."""
+    if INTERPRETED:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":", maxsplit=1)[0]
+
+
+def num_processors(device: torch.device) -> int:
+    """How many programs of one tile each a device runs at a time."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def operand_kwargs(hidden: Tensor, weight: Tensor, bias: Tensor | None, arch: str, tile: TileConfig) -> dict[str, Any]:
+    """The arguments of a launch that `logits_tile` needs, tile sizes included."""
+    use_descriptors = has_tensor_descriptors(arch) and _describable(hidden) and _describable(weight)
+    return {
+        "hidden": TensorDescriptor.from_tensor(hidden, [tile.block_t, tile.block_h]) if use_descriptors else hidden,
+        "weight": TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]) if use_descriptors else weight,
+        "bias_ptr": bias,
+        "T": hidden.shape[0],
+        "V": weight.shape[0],
+        "H": hidden.shape[1],
+        "stride_hidden_t": hidden.stride(0),
+        "stride_hidden_h": hidden.stride(1),
+        "stride_weight_v": weight.stride(0),
+        "stride_weight_h": weight.stride(1),
+        "HAS_BIAS": bias is not None,
+        "USE_DESCRIPTORS": use_descriptors,
+        "PRECISION": _float32_precision() if hidden.dtype == torch.float32 else "ieee",
+        **tile.launch_kwargs(),
+    }
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Whether the copy engine can read it: contiguous rows whose starts, and strides, are multiples of 16 bytes."""
+    stride_bytes = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and stride_bytes > 0 and stride_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _float32_precision() -> str:
+    """Products of fp32 matrices follow torch's own setting, as the GEMMs of the backward do."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -1,0 +1,42 @@
+"""Which kernels run on which tensors."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vocab_parallel_fused.kernels import eager
+from vocab_parallel_fused.options import Impl
+from vocab_parallel_fused.stats import TokenStats
+
+
+class Kernels(NamedTuple):
+    """The local steps of one implementation. Signatures and shapes: ``kernels/eager.py``."""
+
+    local_stats: Callable[..., TokenStats]
+    local_grads: Callable[..., None]
+
+
+def select_kernels(impl: Impl, input: Tensor) -> Kernels:
+    """The implementation for ``input``'s device and dtype.
+
+    Raises:
+        ImportError, TypeError, ValueError: if ``impl`` asks for Triton and it is missing, or cannot take this dtype or
+            device. An explicit choice never falls back.
+    """
+    on_gpu = input.device.type == "cuda"  # ROCm devices too
+    if impl == "eager" or (impl == "auto" and (not on_gpu or input.dtype == torch.float64)):
+        return Kernels(eager.local_stats, eager.local_grads)
+    if input.dtype == torch.float64:
+        raise TypeError("input must be float16, bfloat16 or float32 for impl='triton', got torch.float64")
+    try:
+        from vocab_parallel_fused.kernels import backward, forward
+    except ImportError as error:
+        raise ImportError(f"impl={impl!r} needs Triton, which cannot be imported here: {error}") from error
+    if not on_gpu and not forward.INTERPRETED:
+        raise ValueError(
+            f"input must be on a CUDA or ROCm device for impl='triton', got {input.device} "
+            "(TRITON_INTERPRET=1, set before the first use, runs Triton on the CPU)"
+        )
+    return Kernels(forward.local_stats, backward.local_grads)

@@ -1,0 +1,127 @@
+"""Modules that own this rank's rows of the vocabulary; thin layers over ``functional.py``."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypedDict, Unpack
+
+from vocab_parallel_fused.collectives import Group, resolve_group
+from vocab_parallel_fused.functional import Reduction, linear_cross_entropy
+from vocab_parallel_fused.options import ComputeOptions
+from vocab_parallel_fused.sharding import VocabShard
+
+_INIT_ROWS = 1024
+
+
+class LossArguments(TypedDict, total=False):
+    """Keywords of :func:`~vocab_parallel_fused.linear_cross_entropy` that a head keeps for every call."""
+
+    reduction: Reduction
+    ignore_index: int
+    sequence_parallel: bool
+    options: ComputeOptions | None
+
+
+class VocabParallelLinearCrossEntropy(nn.Module):
+    """A language model's output layer and its loss: this rank's rows of the ``(vocab_size, in_features)`` matrix.
+
+    Args:
+        in_features: hidden size ``H``.
+        vocab_size: number of classes over the whole group.
+        bias: whether there is a bias per class.
+        group: process group or one-dimensional device mesh over which the vocabulary is sharded; None: one rank.
+        shard: which rows this rank holds. Default: ``VocabShard.even(vocab_size, group)``.
+        device, dtype: of the parameters.
+        **loss: keywords of :func:`~vocab_parallel_fused.linear_cross_entropy` for every call.
+
+    The parameters are initialised as those of :class:`torch.nn.Linear` are, block of rows by block of rows, so that
+    ranks whose random number generators agree hold parts of one matrix that does not depend on how many ranks there
+    are. ``state_dict`` holds the local rows as ``weight`` (and ``bias``); ``load_state_dict`` takes those, or the full
+    matrix, of which it keeps this rank's rows.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        vocab_size: int,
+        *,
+        bias: bool = False,
+        group: Group = None,
+        shard: VocabShard | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **loss: Unpack[LossArguments],
+    ) -> None:
+        super().__init__()
+        unknown = set(loss) - set(LossArguments.__annotations__)
+        if unknown:
+            raise TypeError(f"unexpected keyword arguments {sorted(unknown)}")
+        if in_features < 1:
+            raise ValueError(f"in_features must be at least 1, got {in_features}")
+        self.in_features = in_features
+        self.vocab_size = vocab_size
+        self.group = resolve_group(group)
+        self.shard = VocabShard.even(vocab_size, self.group) if shard is None else shard
+        if self.shard.vocab_size != vocab_size:
+            raise ValueError(f"shard.vocab_size must be vocab_size {vocab_size}, got {self.shard.vocab_size}")
+        self.loss = loss
+        rows = self.shard.num_rows
+        self.weight = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw ``U(−1/√H, 1/√H)``, as ``nn.Linear`` does; padding rows are zero.
+
+        One number from the default generator seeds a generator per block of global rows, so every rank draws only the
+        blocks it holds a part of, and the default generators of all ranks move on alike.
+        """
+        seed = int(torch.randint(2**62, ()))
+        bound = 1 / math.sqrt(self.in_features)
+        self.weight.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+        start, stop = self.shard.start, self.shard.start + self.shard.num_valid_rows
+        for block in range(start // _INIT_ROWS * _INIT_ROWS, stop, _INIT_ROWS):
+            generator = torch.Generator(self.weight.device).manual_seed(seed + block)
+            # Weight and bias in one draw of fp32, so that neither dtype nor bias changes the numbers.
+            values = torch.empty(_INIT_ROWS, self.in_features + 1, device=self.weight.device)
+            values.uniform_(-bound, bound, generator=generator)
+            first, last = max(start, block), min(stop, block + _INIT_ROWS)
+            drawn = values[first - block : last - block]
+            self.weight[first - start : last - start] = drawn[:, :-1].to(self.weight.dtype)
+            if self.bias is not None:
+                self.bias[first - start : last - start] = drawn[:, -1].to(self.bias.dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``; see :func:`~vocab_parallel_fused.linear_cross_entropy`."""
+        return linear_cross_entropy(
+            input, self.weight, target, linear_bias=self.bias, group=self.group, shard=self.shard, **self.loss
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, vocab_size={self.vocab_size}, bias={self.bias is not None}, "
+            f"rows=[{self.shard.start}, {self.shard.stop})"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in ("weight", "bias"):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.ndim >= 1:
+                state_dict[prefix + name] = self._local_part(value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _local_part(self, value: Tensor) -> Tensor:
+        """This rank's rows of a full matrix, with or without padding rows; anything else as it is."""
+        shard = self.shard
+        if value.shape[0] == shard.num_rows or value.shape[0] < shard.vocab_size:
+            return value
+        rows = value[shard.start : shard.stop]
+        missing = shard.num_rows - rows.shape[0]
+        return rows if missing == 0 else torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))

@@ -1,0 +1,47 @@
+"""How the loss is computed, as one frozen object; what it means stays in the keywords of the function."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Impl = Literal["auto", "triton", "eager"]
+Combine = Literal["all_gather", "all_reduce"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeOptions:
+    """Choices of computation. Every combination gives the same loss and gradients up to rounding.
+
+    Raises:
+        ValueError: if a field is outside the values its documentation names.
+    """
+
+    impl: Impl = "auto"
+    """Which kernels run on this rank's shard.
+
+    - ``"auto"``: Triton for float16, bfloat16 and float32 on CUDA and ROCm devices, eager tiles for everything else.
+    - ``"triton"``: Triton, or an error. On CPU tensors it needs Triton's interpreter (``TRITON_INTERPRET=1``).
+    - ``"eager"``: PyTorch operations on one tile of logits at a time, on any device.
+    """
+
+    workspace_bytes: int | None = None
+    """Scratch memory of the backward in bytes: the block of logit gradients that is alive at a time is the largest
+    that fits, at least one kernel tile. ``None``: 64 MiB on an accelerator, where a larger block means fewer passes
+    over the fp32 gradient of the hidden states; 4 MiB on the CPU, where it should stay in the cache."""
+
+    combine: Combine = "all_gather"
+    """How the ranks' statistics become those of the whole vocabulary.
+
+    - ``"all_gather"``: one packed all-gather, merged in rank order by every rank: the result is a function of the
+      shards alone, whatever algorithm the communication library picks.
+    - ``"all_reduce"``: one maximum and one sum; moves less for large groups. Every rank still holds the same bits
+      wherever the library's all-reduce gives all ranks the same bits, as NCCL's and gloo's do.
+    """
+
+    def __post_init__(self) -> None:
+        if self.impl not in get_args(Impl):
+            raise ValueError(f"impl must be one of {get_args(Impl)}, got {self.impl!r}")
+        if self.combine not in get_args(Combine):
+            raise ValueError(f"combine must be one of {get_args(Combine)}, got {self.combine!r}")
+        size = self.workspace_bytes
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"workspace_bytes must be a positive int or None, got {size!r}")

@@ -1,0 +1,82 @@
+"""Which rows of the vocabulary a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vocab_parallel_fused.collectives import gather_row_counts, rank_and_size, resolve_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocab_parallel_fused.collectives import Group
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """Rows ``[start, stop)`` of a vocabulary of ``vocab_size`` classes, held by one rank.
+
+    The shards of a group must cover ``[0, vocab_size)`` exactly once; they may be uneven, and some may be empty.
+    Rows whose id is ``vocab_size`` or more are padding: they take no part in the softmax and get zero gradients.
+
+    Raises:
+        ValueError: unless ``0 <= start <= stop`` and ``vocab_size >= 1``.
+    """
+
+    start: int
+    """Global id of the first row."""
+
+    stop: int
+    """Global id after the last row, padding included."""
+
+    vocab_size: int
+    """Number of real classes over the whole group."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"shard must have 0 <= start <= stop, got start={self.start}, stop={self.stop}")
+        if self.vocab_size < 1:
+            raise ValueError(f"shard.vocab_size must be at least 1, got {self.vocab_size}")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the local weight, padding included."""
+        return self.stop - self.start
+
+    @property
+    def num_valid_rows(self) -> int:
+        """Rows that take part in the softmax: the first ones of the shard."""
+        return max(0, min(self.stop, self.vocab_size) - self.start)
+
+    def local_rows(self, target: Tensor) -> Tensor:
+        """Map global class ids to row numbers of this shard, −1 for ids that it does not hold."""
+        row = target - self.start
+        return row.where((row >= 0) & (row < self.num_valid_rows), -1)
+
+    @classmethod
+    def even(cls, vocab_size: int, group: Group) -> VocabShard:
+        """This rank's part when rows are dealt in rank order, ``ceil(vocab_size / R)`` to each rank until none is left.
+
+        This is the split of ``torch.chunk`` and of DTensor's ``Shard(0)``: the last ranks may hold fewer rows, or none.
+        """
+        rank, world_size = rank_and_size(resolve_group(group))
+        rows = -(-vocab_size // world_size)
+        return cls(min(rank * rows, vocab_size), min((rank + 1) * rows, vocab_size), vocab_size)
+
+    @classmethod
+    def gathered(cls, linear_weight: Tensor, group: Group, *, vocab_size: int | None = None) -> VocabShard:
+        """This rank's part when every rank's rows follow those of the rank before it, whatever their numbers.
+
+        Communicates: one all-gather of a number, read on the host. Call it once, when the model is built.
+
+        Args:
+            linear_weight: ``(V_local, H)``, this rank's rows.
+            group: the group over which the vocabulary is sharded.
+            vocab_size: number of real classes; rows from there on are padding. Default: all rows are real.
+        """
+        group = resolve_group(group)
+        rank, _ = rank_and_size(group)
+        counts = gather_row_counts(linear_weight, group)
+        start = sum(counts[:rank])
+        return cls(start, start + counts[rank], sum(counts) if vocab_size is None else vocab_size)
