@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.sweep import DlogitsCoefficients, sweep_grads
-from vocab_parallel_fused.kernels.tiles import current_arch, logits_tile, operand_kwargs, tile_position
+from vocab_parallel_fused.kernels.tiles import LOG2E, current_arch, logits_tile, operand_kwargs, tile_position
 
 
 @triton.jit
@@ -75,7 +75,11 @@ def dlogits_kernel(
     grad_target_logit = tl.load(grad_target_logit_ptr + offs_t, mask=mask_t, other=0.0)
 
     is_target = (target_row - first_row)[:, None] == offs_v[None, :]
-    dlogits = tl.exp(z - lse[:, None]) * grad_lse[:, None] + tl.where(is_target, grad_target_logit[:, None], 0.0)
+    # exp(z − lse) as one fused multiply-add and one exp2; what rounding takes from `lse · log2(e)` goes into the factor.
+    reference = lse * LOG2E
+    factor = grad_lse * tl.exp2(-tl.fma(lse, tl.full((BLOCK_T,), LOG2E, tl.float32), -reference))
+    dlogits = tl.exp2(z * LOG2E - reference[:, None]) * factor[:, None]
+    dlogits += tl.where(is_target, grad_target_logit[:, None], 0.0)
     tl.store(
         dlogits_ptr + offs_t.to(tl.int64)[:, None] * stride_dlogits_t + offs_v[None, :],
         dlogits.to(dlogits_ptr.dtype.element_ty),

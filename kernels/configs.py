@@ -1,4 +1,4 @@
-"""Tile sizes by architecture, as data, and the choices that follow from a shape."""
+"""Tile sizes by architecture, as data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TileConfig:
 # Small tiles let the interpreter's tests cover several tiles and every tail at small shapes.
 _INTERPRETER = TileConfig(block_t=16, block_v=32, block_h=16, group_t=2, num_warps=4, num_stages=1)
 
-# Keyed by (architecture, bytes per element). The fp32 tiles are for `ieee` products, which run outside the tensor cores.
+# Keyed by (architecture, bytes per element). Products of fp32 run outside the tensor cores unless tf32 is allowed.
 _TILES = {
     ("sm_90", 2): TileConfig(block_t=128, block_v=256, block_h=64, group_t=16, num_warps=8, num_stages=3),
     ("sm_100", 2): TileConfig(block_t=128, block_v=256, block_h=64, group_t=16, num_warps=8, num_stages=3),
@@ -56,18 +56,3 @@ def tile_config(arch: str, dtype: torch.dtype) -> TileConfig:
 def has_tensor_descriptors(arch: str) -> bool:
     """Whether tiles can be loaded through tensor descriptors, which the copy engine of Hopper and later serves."""
     return arch == "interpreter" or (arch.startswith("sm_") and int(arch[3:]) >= 90)
-
-
-def strip_tiles(num_t_tiles: int, num_v_tiles: int, num_processors: int) -> int:
-    """How many tiles along ``V`` one program of the forward walks, keeping its running maximum and sum in registers.
-
-    A longer strip leaves fewer partial results; the length must also let the programs fill whole waves of processors.
-    Partials stay below one per 4 tiles where there are many, and no length is chosen that costs waves.
-    """
-    shortest = 1 if num_v_tiles < 128 else 4
-
-    def time_in_tiles(strip: int) -> int:
-        programs = num_t_tiles * -(-num_v_tiles // strip)
-        return -(-programs // num_processors) * strip
-
-    return min(range(shortest, 17), key=lambda strip: (time_in_tiles(strip), -strip))

@@ -1,9 +1,10 @@
-"""Local statistics in one pass over the shard: a GEMM whose epilogue keeps a running maximum and sum.
+"""Local statistics: a GEMM whose epilogue reduces each tile of logits, and a merge of what the tiles leave.
 
     lse_t = log Σ_j exp(x_t · w_j + b_j),    target_logit_t = x_t · w_y + b_y
 
-One program computes the logits of BLOCK_T tokens and a strip of row blocks, one tile at a time, and writes one partial
-lse per token; ``torch.logsumexp`` over the strips finishes. ``T`` tokens, ``V`` rows of the shard, ``H`` hidden size.
+``local_stats_kernel`` computes one tile a program and writes one partial lse per token and tile; ``merge_partials_kernel``
+merges them. Rows are walked in chunks whose partials fit a fixed buffer, so memory does not grow with the vocabulary.
+``T`` tokens, ``V`` rows of the shard, ``H`` hidden size.
 """
 
 import torch
@@ -11,18 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel_fused.kernels.configs import strip_tiles, tile_config
-from vocab_parallel_fused.kernels.tiles import (
-    INTERPRETED,
-    current_arch,
-    logits_tile,
-    num_processors,
-    operand_kwargs,
-    tile_position,
-)
+from vocab_parallel_fused.kernels.configs import tile_config
+from vocab_parallel_fused.kernels.tiles import LOG2E, current_arch, logits_tile, operand_kwargs, tile_position
 from vocab_parallel_fused.stats import TokenStats
 
-__all__ = ["INTERPRETED", "local_stats"]
+_PARTIAL_BYTES = 4 * 2**20  # some thousand programs a launch: its last, unfilled wave of processors costs little
+_MERGE_TOKENS = 64  # a block of the merge: small, so that a thousand tokens still occupy many processors
 
 
 @triton.jit
@@ -31,12 +26,12 @@ def local_stats_kernel(
     weight,  # [V, H] descriptor or pointer
     bias_ptr,  # [V]
     target_row_ptr,  # [T] int64, −1: not in this shard
-    partial_lse_ptr,  # [num_strips, T] out
-    target_logit_ptr,  # [T] out, written where the target is in this shard
+    partial_lse_ptr,  # [num_tiles, T] out
+    target_logit_ptr,  # [T] out, written where the target is among these rows
     T,
     V,
     H,
-    strip,  # tiles of a program
+    first_row,  # number of the first row in the shard, as target_row counts
     stride_hidden_t,
     stride_hidden_h,
     stride_weight_v,
@@ -49,72 +44,96 @@ def local_stats_kernel(
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_tiles = tl.cdiv(V, BLOCK_V)
-    pid_t, pid_strip = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(num_tiles, strip), GROUP_T)
+    LN2: tl.constexpr = 0.6931471805599453
+    pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)
     off_t = pid_t * BLOCK_T
+    off_v = pid_v * BLOCK_V
+    z = logits_tile(
+        hidden,
+        weight,
+        bias_ptr,
+        off_t,
+        off_v,
+        T,
+        V,
+        H,
+        stride_hidden_t,
+        stride_hidden_h,
+        stride_weight_v,
+        stride_weight_h,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_H,
+        HAS_BIAS,
+        USE_DESCRIPTORS,
+        PRECISION,
+    )
     offs_t = off_t + tl.arange(0, BLOCK_T)
+    offs_v = tl.arange(0, BLOCK_V)
     mask_t = offs_t < T
-    target_row = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1).to(tl.int32)
+    if off_v + BLOCK_V > V:
+        z = tl.where((off_v + offs_v < V)[None, :], z, -float("inf"))
 
-    running_max = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
-    sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    target_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    first_tile = pid_strip * strip
-    last_tile = tl.minimum(first_tile + strip, num_tiles)
-    for tile in range(first_tile, last_tile):
-        off_v = tile * BLOCK_V
-        z = logits_tile(
-            hidden,
-            weight,
-            bias_ptr,
-            off_t,
-            off_v,
-            T,
-            V,
-            H,
-            stride_hidden_t,
-            stride_hidden_h,
-            stride_weight_v,
-            stride_weight_h,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_H,
-            HAS_BIAS,
-            USE_DESCRIPTORS,
-            PRECISION,
-        )
-        is_target = (target_row - off_v)[:, None] == tl.arange(0, BLOCK_V)[None, :]
-        target_logit += tl.sum(tl.where(is_target, z, 0.0), axis=1)
-        tile_max = tl.maximum(running_max, tl.max(z, axis=1))
-        # A bias may be −inf for a whole tile; −inf − −inf would make a NaN of its empty sum.
-        reference = tl.where(tile_max == -float("inf"), 0.0, tile_max)
-        sum_exp = sum_exp * tl.exp(running_max - reference) + tl.sum(tl.exp(z - reference[:, None]), axis=1)
-        running_max = tile_max
+    # exp(z − max) as one fused multiply-add and one exp2. Its reference is the rounded `max · log2(e)` itself, not the
+    # maximum, so that this rounding cancels when the reference is added back. A bias may be −inf for a whole tile.
+    maximum = tl.max(z, axis=1)
+    reference = tl.where(maximum == -float("inf"), 0.0, maximum) * LOG2E
+    sum_exp = tl.sum(tl.exp2(z * LOG2E - reference[:, None]), axis=1)
+    # No rounding may bring lse below the maximum: a log-probability is never positive.
+    lse = tl.maximum(reference * LN2 + tl.log(sum_exp), maximum)
+    tl.store(partial_lse_ptr + pid_v.to(tl.int64) * T + offs_t, lse, mask=mask_t)
 
-    reference = tl.where(running_max == -float("inf"), 0.0, running_max)
-    tl.store(partial_lse_ptr + pid_strip.to(tl.int64) * T + offs_t, reference + tl.log(sum_exp), mask=mask_t)
-    owned = (target_row >= first_tile * BLOCK_V) & (target_row < last_tile * BLOCK_V)
-    tl.store(target_logit_ptr + offs_t, target_logit, mask=mask_t & owned)
+    # Few tiles hold a target of their tokens; the others skip a comparison and a sum over the tile.
+    column = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1) - first_row - off_v
+    owned = (column >= 0) & (column < tl.minimum(V - off_v, BLOCK_V))
+    if tl.max(owned.to(tl.int32), axis=0) > 0:
+        is_target = column.to(tl.int32)[:, None] == offs_v[None, :]
+        target_logit = tl.sum(tl.where(is_target, z, 0.0), axis=1)
+        tl.store(target_logit_ptr + offs_t, target_logit, mask=owned)
+
+
+@triton.jit
+def merge_partials_kernel(
+    partial_lse_ptr,  # [num_partials, T]
+    lse_ptr,  # [T] in, out
+    num_partials,
+    T,
+    BLOCK_T: tl.constexpr,
+):
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    running_max = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
+    sum_exp = tl.where(running_max == -float("inf"), 0.0, 1.0)
+    for partial in range(0, num_partials):
+        lse = tl.load(partial_lse_ptr + tl.cast(partial, tl.int64) * T + offs_t, mask=mask_t, other=0.0)
+        new_max = tl.maximum(running_max, lse)
+        finite = tl.where(new_max == -float("inf"), 0.0, new_max)
+        sum_exp = sum_exp * tl.exp(running_max - finite) + tl.exp(lse - finite)
+        running_max = new_max
+    tl.store(lse_ptr + offs_t, tl.maximum(running_max + tl.log(sum_exp), running_max), mask=mask_t)
 
 
 def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor) -> TokenStats:
     """As ``eager.local_stats``."""
     T, V = hidden.shape[0], weight.shape[0]
     owners = (target_row >= 0).to(torch.float32)
-    target_logit = torch.zeros_like(owners)
+    stats = TokenStats(torch.full_like(owners, -torch.inf), torch.zeros_like(owners), owners)
     if T == 0 or V == 0:
-        return TokenStats(torch.full_like(owners, -torch.inf), target_logit, owners)
+        return stats
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype)
-    num_t_tiles, num_v_tiles = triton.cdiv(T, tile.block_t), triton.cdiv(V, tile.block_v)
-    strip = strip_tiles(num_t_tiles, num_v_tiles, num_processors(hidden.device))
-    num_strips = triton.cdiv(num_v_tiles, strip)
-    partial_lse = owners.new_empty(num_strips, T)
-    local_stats_kernel[(num_t_tiles * num_strips,)](
-        target_row_ptr=target_row,
-        partial_lse_ptr=partial_lse,
-        target_logit_ptr=target_logit,
-        strip=strip,
-        **operand_kwargs(hidden, weight, bias, arch, tile),
-    )
-    return TokenStats(partial_lse[0] if num_strips == 1 else torch.logsumexp(partial_lse, dim=0), target_logit, owners)
+    num_tiles = -(-V // tile.block_v)
+    chunk_tiles = min(num_tiles, max(1, _PARTIAL_BYTES // (4 * T)))
+    partial_lse = owners.new_empty(chunk_tiles, T)
+    for first_tile in range(0, num_tiles, chunk_tiles):
+        chunk = min(chunk_tiles, num_tiles - first_tile)
+        rows = slice(first_tile * tile.block_v, (first_tile + chunk) * tile.block_v)
+        local_stats_kernel[(-(-T // tile.block_t) * chunk,)](
+            target_row_ptr=target_row,
+            partial_lse_ptr=partial_lse,
+            target_logit_ptr=stats.target_logit,
+            first_row=rows.start,
+            **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], arch, tile),
+        )
+        merge_partials_kernel[(-(-T // _MERGE_TOKENS),)](partial_lse, stats.lse, chunk, T, BLOCK_T=_MERGE_TOKENS)
+    return stats

@@ -66,6 +66,11 @@ def sweep_grads(
         dhidden, dweight, dbias: ``[T, H]``, ``[V, H]``, ``[V]``, overwritten.
     """
     (T, H), V = hidden.shape, weight.shape[0]
+    if T == 0 or V == 0:
+        for grad in (dhidden, dweight, dbias):
+            if grad is not None:
+                grad.zero_()
+        return
     dtype = torch.promote_types(dlogits_dtype, torch.float32)
     unscale = None
     if dlogits_dtype == torch.float16:
@@ -73,23 +78,23 @@ def sweep_grads(
 
     block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
     # One GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory.
-    direct = dweight is not None and unscale is None and dweight.dtype == dlogits_dtype and block_t >= T > 0
+    direct = dweight is not None and unscale is None and dweight.dtype == dlogits_dtype and block_t >= T
     bytes_per_row = block_t * bytes_per_logit + (0 if direct or dweight is None else H * dtype.itemsize)
     block_v = even_block(V, min(largest[1], workspace_bytes // bytes_per_row), tile[1])
 
     workspace = hidden.new_empty(block_t, block_v, dtype=dlogits_dtype)
-    dhidden_sum = None if dhidden is None else _accumulator(dhidden, dtype).zero_()
+    dhidden_sum = None if dhidden is None else _accumulator(dhidden, dtype)
     for rows in _slices(V, block_v):
         dweight_rows = None if dweight is None else dweight[rows]
-        dweight_sum = dweight_rows if dweight_rows is None or direct else _accumulator(dweight_rows, dtype).zero_()
+        dweight_sum = dweight_rows if dweight_rows is None or direct else _accumulator(dweight_rows, dtype)
         dbias_sum = None if dbias is None else dbias.new_zeros(rows.stop - rows.start, dtype=dtype)
         for tokens in _slices(T, block_t):
             dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
             write_dlogits(tokens, rows, coefficients, dlogits)
             if dhidden_sum is not None:
-                _matmul_into(dhidden_sum[tokens], dlogits, weight[rows], accumulate=True)
+                _matmul_into(dhidden_sum[tokens], dlogits, weight[rows], accumulate=rows.start > 0)
             if dweight_sum is not None:
-                _matmul_into(dweight_sum, dlogits.t(), hidden[tokens], accumulate=not direct)
+                _matmul_into(dweight_sum, dlogits.t(), hidden[tokens], accumulate=tokens.start > 0)
             if dbias_sum is not None:
                 dbias_sum += dlogits.sum(dim=0, dtype=dtype)
         _finish(dweight_rows, dweight_sum, unscale)

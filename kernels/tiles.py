@@ -6,13 +6,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vocab_parallel_fused.kernels.configs import TileConfig, has_tensor_descriptors
 
-INTERPRETED = triton.knobs.runtime.interpret
-# A constexpr global: what kernels may read of it.
+INTERPRETED: bool = knobs.runtime.interpret
+# Kernels may read globals that are constexpr.
 _INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -46,7 +48,7 @@ def logits_tile(
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z [BLOCK_T, BLOCK_V] in fp32, −inf in columns that are no row of the shard. Rows past T hold anything."""
+    """z [BLOCK_T, BLOCK_V] in fp32. Rows past T and columns past V hold anything."""
     offs_v = off_v + tl.arange(0, BLOCK_V)
     z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     if USE_DESCRIPTORS:
@@ -70,7 +72,7 @@ def logits_tile(
             weight_ptrs += BLOCK_H * stride_weight_h
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    return tl.where((offs_v < V)[None, :], z, -float("inf"))
+    return z
 
 
 @triton.jit
@@ -87,11 +89,6 @@ def current_arch() -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":", maxsplit=1)[0]
-
-
-def num_processors(device: torch.device) -> int:
-    """How many programs of one tile each a device runs at a time."""
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def operand_kwargs(hidden: Tensor, weight: Tensor, bias: Tensor | None, arch: str, tile: TileConfig) -> dict[str, Any]:

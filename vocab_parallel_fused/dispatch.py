@@ -31,10 +31,10 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     if input.dtype == torch.float64:
         raise TypeError("input must be float16, bfloat16 or float32 for impl='triton', got torch.float64")
     try:
-        from vocab_parallel_fused.kernels import backward, forward
+        from vocab_parallel_fused.kernels import backward, forward, tiles
     except ImportError as error:
         raise ImportError(f"impl={impl!r} needs Triton, which cannot be imported here: {error}") from error
-    if not on_gpu and not forward.INTERPRETED:
+    if not on_gpu and not tiles.INTERPRETED:
         raise ValueError(
             f"input must be on a CUDA or ROCm device for impl='triton', got {input.device} "
             "(TRITON_INTERPRET=1, set before the first use, runs Triton on the CPU)"

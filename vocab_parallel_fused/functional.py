@@ -16,7 +16,7 @@ from vocab_parallel_fused.stats import TokenStats, cross_entropy, reduce_loss
 Reduction = Literal["none", "mean", "sum"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WORKSPACE_BYTES_ACCELERATOR = 64 * 2**20
+_WORKSPACE_BYTES_ACCELERATOR = 128 * 2**20
 _WORKSPACE_BYTES_CPU = 4 * 2**20
 
 

@@ -25,7 +25,7 @@ class ComputeOptions:
 
     workspace_bytes: int | None = None
     """Scratch memory of the backward in bytes: the block of logit gradients that is alive at a time is the largest
-    that fits, at least one kernel tile. ``None``: 64 MiB on an accelerator, where a larger block means fewer passes
+    that fits, at least one kernel tile. ``None``: 128 MiB on an accelerator, where a larger block means fewer passes
     over the fp32 gradient of the hidden states; 4 MiB on the CPU, where it should stay in the cache."""
 
     combine: Combine = "all_gather"
