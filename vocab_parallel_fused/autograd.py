@@ -55,9 +55,10 @@ class _TokenStatsFunction(Function):
         del anchor  # see token_stats
         rows = plan.shard.num_valid_rows
         target_row = plan.shard.local_rows(target)
-        local = plan.kernels.local_stats(
-            plan.gather_hidden(hidden), weight[:rows], None if bias is None else bias[:rows], target_row
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            local = plan.kernels.local_stats(
+                plan.gather_hidden(hidden), weight[:rows], None if bias is None else bias[:rows], target_row
+            )
         stats = gather_stats(local, plan.group, plan.combine)
         ctx.plan = plan
         ctx.save_for_backward(hidden, weight, bias, target_row, stats.lse)
@@ -79,19 +80,20 @@ class _TokenStatsFunction(Function):
         dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         dweight = _empty_grad(weight, rows) if needs_weight else None
         dbias = _empty_grad(bias, rows) if needs_bias else None
-        plan.kernels.local_grads(
-            full_hidden,
-            weight[:rows],
-            None if bias is None else bias[:rows],
-            target_row,
-            lse,
-            grad_lse,
-            grad_target_logit,
-            dhidden=dhidden,
-            dweight=None if dweight is None else dweight[:rows],
-            dbias=None if dbias is None else dbias[:rows],
-            workspace_bytes=plan.workspace_bytes,
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            plan.kernels.local_grads(
+                full_hidden,
+                weight[:rows],
+                None if bias is None else bias[:rows],
+                target_row,
+                lse,
+                grad_lse,
+                grad_target_logit,
+                dhidden=dhidden,
+                dweight=None if dweight is None else dweight[:rows],
+                dbias=None if dbias is None else dbias[:rows],
+                workspace_bytes=plan.workspace_bytes,
+            )
         if dhidden is not None:
             dhidden = reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel)
         return dhidden if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None

@@ -1,0 +1,133 @@
+"""Compare every implementation with float64 full logits on the hardware at hand, and print errors against budgets.
+
+    python launch/check.py                                           # one rank
+    torchrun --standalone --nproc-per-node 4 launch/check.py         # gloo without GPUs, NCCL with one GPU each
+
+Every row is one call, forward and backward, with a random upstream gradient per token. An error is the largest
+difference from float64 as a fraction of the largest value, the worst over all ranks; its budget comes from what plain
+PyTorch of the same dtype loses (``vocab_parallel_fused.testing.check_error_budget``). Each call is made twice: ranks and
+runs must agree to the bit. The exit code is 0 if every row passes.
+"""
+
+import argparse
+import hashlib
+import sys
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from bootstrap import Context, distributed
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vocab_parallel_fused import ComputeOptions, VocabShard
+from vocab_parallel_fused.testing import (
+    Check,
+    Results,
+    check_error_budget,
+    full_logits_results,
+    local_part,
+    make_problem,
+    sharded_results,
+)
+
+
+class Shape(NamedTuple):
+    T: int
+    H: int
+    V: int  # over all ranks
+
+
+# No multiple of anything; fewer rows than a tile, and a vocabulary that leaves some of four ranks empty.
+SMALL = (Shape(132, 72, 1003), Shape(12, 40, 5), Shape(4, 9, 129))
+# Llama on 8 ranks, Gemma, logits past 2³¹ elements, and an odd tail everywhere; T is a multiple of 4 for four ranks.
+REAL = (Shape(8192, 4096, 16032), Shape(4096, 2304, 256000), Shape(16384, 1024, 151936), Shape(4100, 4090, 18993))
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    impl: str
+    combine: str
+    sequence_parallel: bool
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=["small", "real", "all"], help="default: all on GPUs, small on the CPU")
+    arguments = parser.parse_args()
+    with distributed() as context:
+        on_gpu = context.device.type == "cuda"
+        chosen = arguments.shapes or ("all" if on_gpu else "small")
+        shapes = {"small": SMALL, "real": REAL, "all": SMALL + REAL}[chosen]
+        table = Table("shape", "dtype", "impl", "combine", "seq. par.", *Results._fields, "same bits", "")
+        failures = 0
+        for shape in track(shapes, console=Console(stderr=True), disable=context.rank != 0):
+            for case, checks, same_bits in check_shape(shape, context):
+                passed = same_bits and all(check.passed for check in checks)
+                failures += not passed
+                table.add_row(
+                    "×".join(map(str, shape)),
+                    str(case.dtype).removeprefix("torch."),
+                    case.impl,
+                    case.combine,
+                    str(case.sequence_parallel),
+                    *(f"{check.error:.1e} / {check.budget:.1e}" for check in checks),
+                    str(same_bits),
+                    "ok" if passed else "FAILED",
+                )
+        if context.rank == 0:
+            device = torch.cuda.get_device_name() if on_gpu else "CPU"
+            console = Console(width=160)
+            console.print(f"{context.world_size} rank(s), {device}, torch {torch.__version__}; error / budget")
+            console.print(table)
+            console.print(f"{failures} of {table.row_count} rows failed" if failures else f"{table.row_count} rows passed")
+    return 1 if failures else 0
+
+
+def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check], bool]]:
+    on_gpu = context.device.type == "cuda"
+    several = context.group is not None
+    impls = ["eager", "triton"] if on_gpu else ["eager"]
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    rows = []
+    for dtype in dtypes:
+        problem = make_problem(*shape, dtype=dtype, device=context.device)
+        reference = full_logits_results(problem.to(torch.float64))
+        same_dtype = full_logits_results(problem)
+        shard = VocabShard.even(shape.V, context.group)
+        for impl, combine, sequence_parallel in product(
+            impls, ["all_gather", "all_reduce"] if several else ["all_gather"], [False, True] if several else [False]
+        ):
+            options = ComputeOptions(impl=impl, combine=combine)
+            expected, budget = (
+                local_part(results, context.group, shard, sequence_parallel=sequence_parallel)
+                for results in (reference, same_dtype)
+            )
+            first, second = (
+                sharded_results(problem, context.group, shard, sequence_parallel=sequence_parallel, options=options)
+                for _ in range(2)
+            )
+            checks = check_error_budget(first, budget, expected, ranks=context.world_size)
+            same_runs = all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
+            rows.append((Case(dtype, impl, combine, sequence_parallel), *_worst(checks, same_runs, first, context)))
+    return rows
+
+
+def _worst(checks: list[Check], same_runs: bool, results: Results, context: Context) -> tuple[list[Check], bool]:
+    """The largest error of any rank relative to its budget, and whether runs and ranks agree to the bit."""
+    digest = hashlib.sha256(results.loss.cpu().numpy().tobytes()).hexdigest()
+    answers = [(checks, same_runs, digest)]
+    if context.group is not None:
+        answers *= context.world_size
+        dist.all_gather_object(answers, (checks, same_runs, digest), group=context.group)
+    worst = [
+        max(of_ranks, key=lambda check: (not check.passed, check.error / check.budget))
+        for of_ranks in zip(*(answer[0] for answer in answers), strict=True)
+    ]
+    return worst, all(answer[1] for answer in answers) and len({answer[2] for answer in answers}) == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

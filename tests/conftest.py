@@ -1,0 +1,30 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is first imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests of one rank run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["eager", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation: Triton is compiled on a GPU and interpreted on the CPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param

@@ -1,0 +1,336 @@
+"""The op over gloo ranks: the same bits on every rank, and what full logits give in float64."""
+
+import time
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+
+from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy
+from vocab_parallel_fused import collectives as vpf_collectives
+from vocab_parallel_fused.testing import (
+    Results,
+    assert_within_error_budget,
+    full_logits_results,
+    local_part,
+    make_problem,
+    run_on_ranks,
+    sharded_results,
+)
+
+H, V = 24, 101
+INTERPRETER = not torch.cuda.is_available()  # these ranks compute on the CPU, where Triton needs its interpreter
+
+# How V = 101 classes may be cut over ranks: bounds of the rows, of which those from 101 on are padding.
+CUTS = {
+    "even": {1: (0, 101), 2: (0, 51, 101), 3: (0, 34, 68, 101), 4: (0, 26, 52, 78, 101)},
+    "uneven": {1: (0, 101), 2: (0, 1, 101), 3: (0, 70, 71, 101), 4: (0, 33, 34, 98, 101)},
+    "empty": {2: (0, 101, 101), 3: (0, 0, 64, 101), 4: (0, 50, 50, 101, 101)},
+    "padded": {1: (0, 128), 2: (0, 64, 128), 3: (0, 64, 128, 192), 4: (0, 32, 64, 96, 128)},
+}
+
+
+def shard_of(cut: str, group: ProcessGroup) -> VocabShard:
+    bounds = CUTS[cut][group.size()]
+    return VocabShard(bounds[group.rank()], bounds[group.rank() + 1], V)
+
+
+def matrix_on_rank(group: ProcessGroup, dtype: torch.dtype) -> list[tuple[tuple, Results]]:
+    """Every combination on this rank, checked; returns the losses so that ranks can be compared."""
+    world_size = group.size()
+    problem = make_problem(12 * world_size, H, V, dtype=dtype)
+    # Targets at both ends of every shard, on every rank.
+    edges = torch.tensor([b for bounds in CUTS.values() for b in bounds.get(world_size, ())])
+    edges = torch.cat((edges, edges - 1)).clamp(0, V - 1).unique()
+    problem.target[4 : 4 + len(edges)] = edges[: problem.target.numel() - 6]
+    reference, same_dtype = full_logits_results(problem.to(torch.float64)), full_logits_results(problem)
+    answers = []
+    cuts = [cut for cut in CUTS if world_size in CUTS[cut]]
+    # How statistics are combined does not depend on which kernels made them; the interpreter is slow.
+    ways = [("eager", "all_gather"), ("eager", "all_reduce"), ("triton", "all_gather")][: 2 + INTERPRETER]
+    for cut, (impl, combine), sequence_parallel in product(cuts, ways, [False, True]):
+        shard = shard_of(cut, group)
+        options = ComputeOptions(impl=impl, combine=combine, workspace_bytes=5000)  # pyright: ignore[reportArgumentType]
+        actual, again = (
+            sharded_results(problem, group, shard, sequence_parallel=sequence_parallel, options=options) for _ in range(2)
+        )
+        case = (cut, impl, combine, sequence_parallel)
+        try:
+            assert_within_error_budget(
+                actual,
+                local_part(same_dtype, group, shard, sequence_parallel=sequence_parallel),
+                local_part(reference, group, shard, sequence_parallel=sequence_parallel),
+                ranks=world_size,
+            )
+            for first, second in zip(actual, again, strict=True):
+                assert first is None or (second is not None and torch.equal(first, second)), "two runs differ"
+        except AssertionError as error:
+            raise AssertionError(f"{case} on rank {group.rank()}: {error}") from error
+        answers.append((case, actual))
+    return answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_combination(world_size: int, dtype: torch.dtype) -> None:
+    by_rank = run_on_ranks(matrix_on_rank, world_size, dtype)
+    for answers in zip(*by_rank, strict=True):
+        (case, first), *others = answers
+        for _, other in others:
+            assert torch.equal(first.loss, other.loss), f"{case}: ranks differ"
+            if not case[-1]:  # without sequence parallelism every rank has all of dhidden
+                assert torch.equal(first.dhidden, other.dhidden), f"{case}: ranks differ"
+
+
+def against_loss_parallel(group: ProcessGroup) -> None:
+    mesh = DeviceMesh("cpu", list(range(group.size())))
+    problem = make_problem(20, H, V, bias=False)
+    upstream = 0.37
+    hidden = DTensor.from_local(problem.hidden, mesh, [Replicate()])
+    weight = DTensor.from_local(problem.weight.detach(), mesh, [Replicate()]).redistribute(mesh, [Shard(0)])
+    weight.requires_grad_()
+    with loss_parallel():
+        expected = F.cross_entropy(F.linear(hidden, weight), problem.target)
+        (expected * upstream).backward()
+    expected_dhidden, problem.hidden.grad = problem.hidden.grad, None
+
+    # DTensor's Shard(0) is the split of VocabShard.even.
+    shard = VocabShard.even(V, mesh)
+    local = problem.weight.detach()[shard.start : shard.stop].requires_grad_()
+    assert local.shape == weight.to_local().shape
+    loss = linear_cross_entropy(problem.hidden, local, problem.target, group=mesh, shard=shard)
+    (loss * upstream).backward()
+    torch.testing.assert_close(loss, expected.full_tensor())  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(problem.hidden.grad, expected_dhidden, rtol=1e-4, atol=1e-7)
+    assert weight.grad is not None
+    torch.testing.assert_close(local.grad, weight.grad.to_local(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_agrees_with_loss_parallel(world_size: int) -> None:
+    run_on_ranks(against_loss_parallel, world_size)
+
+
+def reductions_on_rank(group: ProcessGroup) -> None:
+    problem = make_problem(24, H, V, ignore_index=7)
+    shard = shard_of("uneven", group)
+    assert problem.bias is not None
+    for reduction in ("mean", "sum", "none"):
+        for target in (problem.target, torch.full_like(problem.target, 7)):
+            loss = linear_cross_entropy(
+                problem.hidden.view(4, 6, H),
+                problem.weight[shard.start : shard.stop],
+                target.view(4, 6),
+                linear_bias=problem.bias[shard.start : shard.stop],
+                reduction=reduction,
+                ignore_index=7,
+                group=group,
+                shard=shard,
+            )
+            logits = F.linear(problem.hidden, problem.weight, problem.bias)
+            expected = F.cross_entropy(logits, target, reduction=reduction, ignore_index=7)
+            all_ignored_mean = reduction == "mean" and target is not problem.target
+            torch.testing.assert_close(loss.flatten(), torch.zeros(1) if all_ignored_mean else expected.view(-1))
+
+
+def test_reductions() -> None:
+    run_on_ranks(reductions_on_rank, 2)
+
+
+def count_collectives(group: ProcessGroup, sequence_parallel: bool, combine: str) -> tuple[list[str], list[str]]:
+    calls: list[str] = []
+
+    def record(name: str, communicate: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return communicate(*args, **kwargs)
+
+        return recorded
+
+    for module, attribute, name in (
+        (vpf_collectives, "_all_gather", "all_gather"),
+        (vpf_collectives, "_reduce_scatter", "reduce_scatter"),
+        (dist, "all_reduce", "all_reduce"),
+    ):
+        setattr(module, attribute, record(name, getattr(module, attribute)))
+    problem = make_problem(16, H, V)
+    shard = VocabShard.even(V, group)
+    hidden = problem.hidden.detach().chunk(group.size())[group.rank()] if sequence_parallel else problem.hidden.detach()
+    loss = linear_cross_entropy(
+        hidden.requires_grad_(),
+        problem.weight[shard.start : shard.stop],
+        problem.target,
+        group=group,
+        shard=shard,
+        sequence_parallel=sequence_parallel,
+        options=ComputeOptions(combine=combine),  # pyright: ignore[reportArgumentType]
+    )
+    forward = calls.copy()
+    calls.clear()
+    loss.backward()
+    return forward, calls
+
+
+def test_messages_are_few() -> None:
+    """One packed gather of statistics, dX reduced once; the hidden states gathered once in each direction."""
+    gather = ["all_gather"]
+    assert run_on_ranks(count_collectives, 2, False, "all_gather") == [(gather, ["all_reduce"])] * 2
+    assert run_on_ranks(count_collectives, 2, True, "all_gather") == [(gather * 2, ["all_gather", "reduce_scatter"])] * 2
+    assert run_on_ranks(count_collectives, 2, False, "all_reduce") == [(["all_reduce"] * 2, ["all_reduce"])] * 2
+    assert run_on_ranks(count_collectives, 1, True, "all_gather") == [([], [])]
+
+
+def frozen_on_some_ranks(group: ProcessGroup, sequence_parallel: bool) -> None:
+    """Each rank freezes something else; all must still meet in the backward's collectives."""
+    problem = make_problem(16, H, V, bias=False)
+    exact = full_logits_results(problem.to(torch.float64))
+    shard = VocabShard.even(V, group)
+    expected = local_part(exact, group, shard, sequence_parallel=sequence_parallel)
+    for shift in range(4):
+        hidden_wanted, weight_wanted = [(True, True), (False, True), (True, False), (False, False)][
+            (group.rank() + shift) % 4
+        ]
+        hidden = problem.hidden.detach()
+        hidden = hidden.chunk(group.size())[group.rank()] if sequence_parallel else hidden
+        hidden.requires_grad_(hidden_wanted)
+        weight = problem.weight.detach()[shard.start : shard.stop].clone().requires_grad_(weight_wanted)
+        loss = linear_cross_entropy(
+            hidden,
+            weight,
+            problem.target,
+            reduction="none",
+            group=group,
+            shard=shard,
+            sequence_parallel=sequence_parallel,
+        )
+        loss.backward(problem.upstream)
+        for tensor, wanted, exact_grad in (
+            (hidden, hidden_wanted, expected.dhidden),
+            (weight, weight_wanted, expected.dweight),
+        ):
+            assert (tensor.grad is not None) == wanted
+            if tensor.grad is not None:
+                torch.testing.assert_close(tensor.grad.double(), exact_grad, rtol=1e-4, atol=1e-6)
+            tensor.grad = None
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_inputs_frozen_on_some_ranks(sequence_parallel: bool) -> None:
+    run_on_ranks(frozen_on_some_ranks, 4, sequence_parallel)
+
+
+def evaluate(group: ProcessGroup) -> None:
+    problem = make_problem(16, H, V, bias=False)
+    shard = VocabShard.even(V, group)
+    with torch.no_grad():
+        loss = linear_cross_entropy(
+            problem.hidden, problem.weight[shard.start : shard.stop], problem.target, group=group, shard=shard
+        )
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(problem.hidden @ problem.weight.t(), problem.target))
+
+
+def test_evaluation() -> None:
+    run_on_ranks(evaluate, 2)
+
+
+def no_tokens(group: ProcessGroup, sequence_parallel: bool) -> None:
+    hidden = torch.zeros(0, H, requires_grad=True)
+    weight = torch.randn(7, H, requires_grad=True)
+    target = torch.zeros(0, dtype=torch.int64)
+    loss = linear_cross_entropy(hidden, weight, target, group=group, sequence_parallel=sequence_parallel)
+    loss.backward()
+    assert loss == 0
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_no_tokens(sequence_parallel: bool) -> None:
+    run_on_ranks(no_tokens, 2, sequence_parallel)
+
+
+def default_shard_and_gathered_shard(group: ProcessGroup) -> None:
+    """Without `shard` the vocabulary is the ranks' equal rows; `gathered` finds uneven ones."""
+    problem = make_problem(20, H, 4 * group.size(), bias=False)
+    expected = F.cross_entropy(problem.hidden @ problem.weight.t(), problem.target)
+    equal = problem.weight.chunk(group.size())[group.rank()]
+    torch.testing.assert_close(linear_cross_entropy(problem.hidden, equal, problem.target, group=group), expected)
+
+    bounds = [0, 1, *[4 * group.size()] * (group.size() - 1)] if group.size() > 1 else [0, 4]
+    uneven = problem.weight[bounds[group.rank()] : bounds[group.rank() + 1]]
+    shard = VocabShard.gathered(uneven, group)
+    assert shard == VocabShard(bounds[group.rank()], bounds[group.rank() + 1], 4 * group.size())
+    loss = linear_cross_entropy(problem.hidden, uneven, problem.target, group=group, shard=shard)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_default_and_gathered_shards(world_size: int) -> None:
+    run_on_ranks(default_shard_and_gathered_shard, world_size)
+
+
+def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]]) -> None:
+    """All ranks raise, and none is left waiting."""
+    start, stop = bounds[group.rank()]
+    target = torch.arange(10)
+    with pytest.raises(ValueError, match=r"shard must cover \[0, vocab_size\) exactly once .* (0|2) ranks hold target [45]"):
+        linear_cross_entropy(
+            torch.randn(10, H), torch.randn(stop - start, H), target, group=group, shard=VocabShard(start, stop, 10)
+        )
+
+
+@pytest.mark.parametrize("bounds", [[(0, 4), (5, 10)], [(0, 6), (5, 10)]], ids=["gap", "overlap"])
+def test_shards_that_do_not_tile_the_vocabulary(bounds: list[tuple[int, int]]) -> None:
+    run_on_ranks(bad_shards, 2, bounds)
+
+
+def bad_arguments(group: ProcessGroup) -> None:
+    hidden, weight = torch.randn(8, H), torch.randn(5, H)
+    target = torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 10\) or ignore_index, got 10 at position 3"):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 10, 4, 5, 6, 7]), group=group)
+    with pytest.raises(ValueError, match=r"target must have shape \(16,\) .*\(2 ranks with sequence_parallel\), got \(8,\)"):
+        linear_cross_entropy(hidden, weight, target, group=group, sequence_parallel=True)
+    with pytest.raises(ValueError, match="input must have a token dimension"):
+        linear_cross_entropy(hidden[0], weight, target[0], group=group, sequence_parallel=True)
+    mesh = DeviceMesh("cpu", [[0, 1]], mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match=r"group must be a one-dimensional DeviceMesh, got one with .*'dp', 'tp'"):
+        linear_cross_entropy(hidden, weight, target, group=mesh)
+    linear_cross_entropy(hidden, weight, target, group=mesh["tp"])
+    alone = dist.new_group([0])
+    if group.rank() == 1:
+        with pytest.raises(ValueError, match="group does not contain this rank"):
+            linear_cross_entropy(hidden, weight, target, group=alone)
+
+
+def test_bad_arguments() -> None:
+    run_on_ranks(bad_arguments, 2)
+
+
+def raise_on_rank_one(group: ProcessGroup) -> None:
+    if group.rank() == 1:
+        raise ZeroDivisionError("on purpose")
+    dist.barrier(group)
+
+
+def test_a_failing_rank_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 raised:\n(.|\n)*ZeroDivisionError: on purpose"):
+        run_on_ranks(raise_on_rank_one, 2)
+
+
+def hang_on_rank_one(group: ProcessGroup) -> None:
+    if group.rank() == 1:
+        time.sleep(60)
+
+
+def test_a_hanging_rank_is_named() -> None:
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 gave no answer within 3\.0 s"):
+        run_on_ranks(hang_on_rank_one, 2, timeout=3.0)

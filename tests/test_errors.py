@@ -1,0 +1,135 @@
+"""Every bad argument is refused with a message that names it, what was expected, and what came."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from vocab_parallel_fused import ComputeOptions, VocabParallelLinearCrossEntropy, VocabShard, linear_cross_entropy
+from vocab_parallel_fused.testing import run_on_ranks
+
+HIDDEN, WEIGHT, TARGET = torch.randn(6, 8), torch.randn(10, 8), torch.arange(6)
+
+
+def call(**changes: Any) -> None:
+    linear_cross_entropy(**{"input": HIDDEN, "linear_weight": WEIGHT, "target": TARGET, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
+        ({"input": HIDDEN.long()}, TypeError, "input must be float16, bfloat16, float32 or float64, got torch.int64"),
+        ({"input": torch.tensor(1.0)}, ValueError, r"input must have shape \(\*, H\) with H >= 1, got \(\)"),
+        ({"linear_weight": WEIGHT[:, :5]}, ValueError, r"linear_weight must have shape \(V_local, 8\), got \(10, 5\)"),
+        ({"linear_weight": WEIGHT[0]}, ValueError, r"linear_weight must have shape \(V_local, 8\), got \(8,\)"),
+        ({"linear_weight": WEIGHT.half()}, TypeError, r"linear_weight must have input's dtype torch.float32, got torch.float16"),
+        ({"linear_weight": WEIGHT.to("meta")}, ValueError, "linear_weight must be on input's device cpu, got meta"),
+        ({"linear_weight": WEIGHT[:0]}, ValueError, "linear_weight has no rows; pass shard="),
+        ({"target": TARGET.int()}, TypeError, "target must be int64 class ids, got torch.int32"),
+        ({"target": TARGET[:5]}, ValueError, r"target must have shape \(6,\) for input of shape \(6, 8\), got \(5,\)"),
+        ({"target": TARGET + 7}, ValueError, r"target must be in \[0, 10\) or ignore_index, got 10 at position 3"),
+        ({"target": TARGET - 1}, ValueError, r"target must be in \[0, 10\) or ignore_index, got -1 at position 0"),
+        ({"linear_bias": WEIGHT[:, :1]}, ValueError, r"linear_bias must have shape \(10,\), got \(10, 1\)"),
+        ({"linear_bias": torch.zeros(10).double()}, TypeError, "linear_bias must have input's dtype torch.float32, got torch.float64"),
+        ({"reduction": "avg"}, ValueError, r"reduction must be one of \('none', 'mean', 'sum'\), got 'avg'"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
+        ({"sequence_parallel": 1}, TypeError, "sequence_parallel must be a bool, got 1"),
+        ({"group": "tp"}, TypeError, "group must be a ProcessGroup, a one-dimensional DeviceMesh or None, got str"),
+        ({"shard": (0, 10)}, TypeError, "shard must be a VocabShard or None, got tuple"),
+        ({"shard": VocabShard(0, 9, 9)}, ValueError, "linear_weight must have the 9 rows of VocabShard.*, got 10"),
+        ({"shard": VocabShard(0, 10, 20)}, ValueError, "shard must hold the whole vocabulary on a single rank, got VocabShard"),
+        ({"options": {"impl": "eager"}}, TypeError, "options must be a ComputeOptions or None, got dict"),
+        (
+            {"input": HIDDEN.double(), "linear_weight": WEIGHT.double(), "options": ComputeOptions(impl="triton")},
+            TypeError,
+            "input must be float16, bfloat16 or float32 for impl='triton', got torch.float64",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+def test_triton_without_a_gpu_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="input must be on a CUDA or ROCm device for impl='triton', got cpu"):
+        call(options=ComputeOptions(impl="triton"))
+
+
+def test_triton_that_is_missing_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("backward", "forward", "tiles"):
+        monkeypatch.setitem(__import__("sys").modules, f"vocab_parallel_fused.kernels.{name}", None)
+        monkeypatch.delattr(f"vocab_parallel_fused.kernels.{name}", raising=False)
+    with pytest.raises(ImportError, match="impl='triton' needs Triton, which cannot be imported here"):
+        call(options=ComputeOptions(impl="triton"))
+    call()  # "auto" on the CPU needs none
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"impl": "cuda"}, r"impl must be one of \('auto', 'triton', 'eager'\), got 'cuda'"),
+        ({"combine": "ring"}, r"combine must be one of \('all_gather', 'all_reduce'\), got 'ring'"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be a positive int or None, got 0"),
+        ({"workspace_bytes": 1.5}, r"workspace_bytes must be a positive int or None, got 1\.5"),
+        ({"workspace_bytes": True}, "workspace_bytes must be a positive int or None, got True"),
+    ],
+)
+def test_bad_options(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ComputeOptions(**fields)
+
+
+def test_options_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(AttributeError):
+        ComputeOptions().impl = "eager"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        ComputeOptions("eager")  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((3, 2, 10), "shard must have 0 <= start <= stop, got start=3, stop=2"),
+        ((-1, 2, 10), "shard must have 0 <= start <= stop, got start=-1, stop=2"),
+        ((0, 2, 0), "shard.vocab_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_shards(bounds: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VocabShard(*bounds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_features": 0, "vocab_size": 4}, ValueError, "in_features must be at least 1, got 0"),
+        ({"in_features": 4, "vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        (
+            {"in_features": 4, "vocab_size": 4, "shard": VocabShard(0, 4, 3)},
+            ValueError,
+            r"shard\.vocab_size must be vocab_size 4, got 3",
+        ),
+        ({"in_features": 4, "vocab_size": 4, "label": 1}, TypeError, r"unexpected keyword arguments \['label'\]"),
+    ],
+)
+def test_bad_module_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        VocabParallelLinearCrossEntropy(**arguments)
+
+
+def pass_a_dtensor(group: Any) -> None:
+    mesh = DeviceMesh("cpu", list(range(group.size())))
+    weight = DTensor.from_local(WEIGHT, mesh, [Replicate()])
+    with pytest.raises(TypeError, match=r"linear_weight must be a plain tensor, got a DTensor; pass its to_local\(\)"):
+        call(linear_weight=weight)
+
+
+def test_dtensors_are_refused() -> None:
+    run_on_ranks(pass_a_dtensor, 1)

@@ -1,0 +1,306 @@
+"""The op on one rank, against torch's own cross-entropy in float64."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused.testing import (
+    Problem,
+    Results,
+    assert_within_error_budget,
+    full_logits_results,
+    gradients,
+    make_problem,
+    max_error,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def run(problem: Problem, impl: str, **options: int) -> Results:
+    loss = linear_cross_entropy(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        linear_bias=problem.bias,
+        reduction="none",
+        options=ComputeOptions(impl=impl, **options),  # pyright: ignore[reportArgumentType]
+    )
+    return gradients(loss, problem)
+
+
+def assert_matches_full_logits(problem: Problem, actual: Results) -> None:
+    assert_within_error_budget(actual, full_logits_results(problem), full_logits_results(problem.to(torch.float64)))
+
+
+# Tails in every dimension, below, at and above a tile; the vocabulary sizes at which phantom columns showed elsewhere.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 64, 129), (16, 16, 32), (17, 33, 65), (37, 40, 127), (5, 8, 1003), (70, 24, 2)]
+)
+def test_loss_and_gradients(impl: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> None:
+    problem = make_problem(*shape, dtype=dtype, device=device)
+    assert_matches_full_logits(problem, run(problem, impl))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace_bytes", [1, 3000, 20000])
+def test_any_workspace(impl: str, dtype: torch.dtype, workspace_bytes: int, device: torch.device) -> None:
+    """Blocks of tokens as well as of rows: sums over both must be accumulated, not overwritten."""
+    problem = make_problem(75, 24, 131, dtype=dtype, device=device)
+    assert_matches_full_logits(problem, run(problem, impl, workspace_bytes=workspace_bytes))
+
+
+def test_without_bias(impl: str, device: torch.device) -> None:
+    problem = make_problem(20, 24, 70, bias=False, device=device)
+    assert_matches_full_logits(problem, run(problem, impl))
+
+
+@pytest.mark.parametrize("V", [1, 127, 129, 18992])
+def test_log_probabilities_are_never_positive(impl: str, V: int, device: torch.device) -> None:
+    """Columns past the vocabulary would add exp(0 − max) to the sum; rounding might lift a confident token above 0."""
+    hidden = torch.zeros(8, 16, device=device)
+    hidden[:, 0] = torch.linspace(-40, 40, 8, device=device)
+    weight = torch.zeros(V, 16, device=device)
+    weight[-1, 0] = 1.0
+    target = torch.full((8,), V - 1, device=device)
+    options = ComputeOptions(impl=impl)  # pyright: ignore[reportArgumentType]
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+    expected = F.cross_entropy((hidden @ weight.t()).double(), target, reduction="none")
+    assert (loss >= 0).all()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_logits_far_from_zero(impl: str, shift: float, device: torch.device) -> None:
+    """A running maximum that starts at 0 gives log 0 for a row of logits below −100; one at 1e4 overflows exp."""
+    problem = make_problem(20, 16, 67, device=device)
+    assert problem.bias is not None
+    shifted = problem._replace(bias=(problem.bias.detach() + shift).requires_grad_())
+    exact = full_logits_results(shifted.to(torch.float64))
+    actual = run(shifted, impl)
+    # A logit of 1e4 has a unit roundoff of 5e-4 in fp32, which is the loss's absolute error and p's relative one.
+    assert (actual.loss - exact.loss).abs().max() < 2e-3
+    assert max_error(actual.dhidden, exact.dhidden) < 2e-3
+
+
+def test_classes_masked_by_an_infinite_bias(impl: str, device: torch.device) -> None:
+    """Whole tiles of −inf: −inf − −inf must not make a NaN."""
+    problem = make_problem(20, 16, 200, device=device)
+    assert problem.bias is not None
+    bias = problem.bias.detach().clone()
+    bias[64:192] = -torch.inf
+    target = torch.where((problem.target >= 64) & (problem.target < 192), 3, problem.target)
+    masked = problem._replace(bias=bias.requires_grad_(), target=target)
+    actual, exact = run(masked, impl), full_logits_results(masked.to(torch.float64))
+    assert_within_error_budget(actual, full_logits_results(masked), exact)
+    assert (actual.dweight[64:192] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_tokens_keep_their_gradient(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Rounding p = 0.999 to bf16 before 1 is subtracted gives 1, and no gradient at all."""
+    hidden = torch.eye(4, 16, device=device, dtype=dtype).mul_(4).requires_grad_()
+    weight = (torch.eye(40, 16, device=device, dtype=dtype) * 2.625).requires_grad_()  # p_y = 0.9989
+    target = torch.arange(4, device=device)
+    problem = Problem(hidden, weight, None, target, torch.ones(4, device=device))
+    exact = full_logits_results(problem.to(torch.float64))
+    actual = run(problem, impl)
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    of_lse = 2**-24 * 10.5 / (1 - 0.9989)  # lse is held in fp32, and p − 1 is what it leaves of the target's logit
+    for name in ("dhidden", "dweight"):
+        assert max_error(getattr(actual, name), getattr(exact, name)) < 3 * unit_roundoff + 2 * of_lse, name
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
+def test_fp16_gradients_of_any_size(impl: str, scale: float, device: torch.device) -> None:
+    """Coefficients are scaled into fp16's range: p·1e-6 would vanish in it and p·1e6 overflow. The result may still."""
+    problem = make_problem(20, 16, 67, dtype=torch.float16, device=device)
+    small = problem._replace(weight=(problem.weight.detach() / scale**0.5).requires_grad_()) if scale > 1 else problem
+    scaled = small._replace(upstream=small.upstream * scale)
+    if scale > 1:  # a large upstream gradient on small weights, so that dhidden fits fp16
+        scaled = scaled._replace(weight=(scaled.weight.detach() * 0.01).requires_grad_())
+    exact = full_logits_results(scaled.to(torch.float64)).dhidden
+    actual = run(scaled, impl).dhidden
+    assert torch.isfinite(actual).all()
+    # What fp16 can hold of the result: its relative roundoff, or half its smallest subnormal number.
+    error = (actual.double() - exact).abs()
+    assert (error <= 4 * 2**-11 * exact.abs().max() + 2**-25).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_reductions_and_shapes(impl: str, reduction: str, device: torch.device) -> None:
+    problem = make_problem(24, 8, 40, device=device, ignore_index=7)
+    hidden = problem.hidden.detach().view(2, 3, 4, 8).requires_grad_()
+    target = problem.target.view(2, 3, 4)
+    kwargs = {"reduction": reduction, "ignore_index": 7}
+    loss = linear_cross_entropy(
+        hidden, problem.weight, target, linear_bias=problem.bias, options=ComputeOptions(impl=impl), **kwargs
+    )  # pyright: ignore[reportArgumentType]
+    logits = F.linear(hidden, problem.weight, problem.bias)
+    expected = F.cross_entropy(logits.movedim(-1, 1).double(), target, **kwargs)
+    assert loss.shape == expected.shape
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(loss.shape, device=device)
+    actual = torch.autograd.grad(loss, (hidden, problem.weight), upstream)
+    exact = torch.autograd.grad(expected, (hidden, problem.weight), upstream.double())
+    torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_token(impl: str, device: torch.device) -> None:
+    """(H,) and a target without dimensions, as torch takes them."""
+    hidden, weight = torch.randn(8, device=device), torch.randn(5, 8, device=device)
+    target = torch.tensor(3, device=device)
+    options = ComputeOptions(impl=impl)  # pyright: ignore[reportArgumentType]
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, F.cross_entropy(weight @ hidden, target))
+
+
+def test_agrees_with_the_function_of_torch() -> None:
+    """Same names, same order, same values as torch.nn.functional.linear_cross_entropy."""
+    theirs = getattr(F, "linear_cross_entropy", None)
+    if theirs is None:
+        pytest.skip("this torch has no linear_cross_entropy")
+    our_names = list(inspect.signature(linear_cross_entropy).parameters)
+    shared = [name for name in inspect.signature(theirs).parameters if name in our_names]
+    assert [name for name in our_names if name in shared] == shared
+    assert {"input", "linear_weight", "target", "linear_bias", "reduction", "ignore_index", "options"} <= set(shared)
+    problem = make_problem(30, 12, 50).to(torch.float64)
+    for reduction in ("none", "mean", "sum"):
+        kwargs = {"linear_bias": problem.bias, "reduction": reduction, "ignore_index": -100}
+        torch.testing.assert_close(
+            linear_cross_entropy(problem.hidden, problem.weight, problem.target, **kwargs),
+            theirs(problem.hidden, problem.weight, problem.target, **kwargs),
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("case", ["no tokens", "all ignored"])
+def test_nothing_to_learn_from(impl: str, reduction: str, case: str, device: torch.device) -> None:
+    """Loss 0 and gradients 0, where torch's mean is NaN."""
+    T = 0 if case == "no tokens" else 6
+    hidden = torch.randn(T, 8, device=device, requires_grad=True)
+    weight = torch.randn(40, 8, device=device, requires_grad=True)
+    target = torch.full((T,), -100, device=device)
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, options=ComputeOptions(impl=impl))  # pyright: ignore[reportArgumentType]
+    assert (loss == 0).all()
+    loss.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_ignored_tokens_may_hold_anything(impl: str, device: torch.device) -> None:
+    """Infinite logits of an ignored token must not reach the loss or the hidden states' gradient."""
+    problem = make_problem(20, 16, 67, device=device)
+    hidden = problem.hidden.detach().clone()
+    hidden[3] = 1e30
+    loss = linear_cross_entropy(
+        hidden.requires_grad_(),
+        problem.weight.detach(),
+        problem.target,
+        options=ComputeOptions(impl=impl),  # pyright: ignore[reportArgumentType]
+    )
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad[problem.target != -100]).all()
+
+
+@pytest.mark.parametrize("layout", ["transposed weight", "strided rows", "expanded hidden", "offset weight"])
+def test_layouts(impl: str, layout: str, device: torch.device) -> None:
+    """Strides are read, not assumed; inputs are left as they were."""
+    problem = make_problem(20, 24, 67, device=device)
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    if layout == "transposed weight":
+        weight = weight.t().contiguous().t()
+    elif layout == "strided rows":
+        hidden, weight = hidden.repeat_interleave(2, 0)[::2], weight.repeat_interleave(3, 1)[:, ::3]
+    elif layout == "expanded hidden":
+        hidden = hidden[:1].expand(20, 24)
+    else:  # rows whose addresses are no multiple of 16 bytes
+        weight = torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(67, 24)
+    before = [t.clone() for t in (hidden, weight, problem.target)]
+    laid_out = problem._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_())
+    assert_matches_full_logits(laid_out, run(laid_out, impl))
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, problem.target), strict=True))
+
+
+@pytest.mark.parametrize("wanted", [c for n in range(4) for c in itertools.combinations(("hidden", "weight", "bias"), n)])
+def test_frozen_inputs(impl: str, wanted: tuple[str, ...], device: torch.device) -> None:
+    problem = make_problem(20, 16, 67, device=device)
+    for name in {"hidden", "weight", "bias"} - set(wanted):
+        getattr(problem, name).requires_grad_(False)
+    loss = linear_cross_entropy(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        linear_bias=problem.bias,
+        reduction="none",
+        options=ComputeOptions(impl=impl),  # pyright: ignore[reportArgumentType]
+    )
+    assert loss.requires_grad == bool(wanted)
+    if wanted:
+        loss.backward(problem.upstream)
+        exact = full_logits_results(make_problem(20, 16, 67, device=device).to(torch.float64))
+    for name in ("hidden", "weight", "bias"):
+        grad = getattr(problem, name).grad
+        assert (grad is not None) == (name in wanted)
+        if grad is not None:
+            assert max_error(grad, getattr(exact, "d" + name)) < 1e-5
+
+
+def test_backward_twice_gives_the_same_bits(impl: str, device: torch.device) -> None:
+    problem = make_problem(50, 16, 131, dtype=torch.float16, device=device)
+    first, second = run(problem, impl), run(problem, impl)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
+    once, twice = (torch.autograd.grad(loss, problem.weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, twice)
+
+
+def test_float64_gradients_by_finite_differences() -> None:
+    problem = make_problem(6, 5, 11).to(torch.float64)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, problem.target, linear_bias=bias, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, (problem.hidden, problem.weight, problem.bias))
+
+
+def test_autocast_computes_as_a_linear_layer_does(device: torch.device) -> None:
+    """fp32 parameters meet bf16 hidden states, in the forward and in a backward that autocast still surrounds."""
+    problem = make_problem(20, 16, 67, device=device)
+    hidden = problem.hidden.detach().bfloat16().requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, problem.weight, problem.target, linear_bias=problem.bias, reduction="none")
+        dhidden, dweight = torch.autograd.grad(loss, (hidden, problem.weight), problem.upstream)
+    assert (loss.dtype, dhidden.dtype, dweight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    rounded = problem.to(torch.bfloat16)
+    exact = full_logits_results(rounded.to(torch.float64))
+    actual = Results(loss.detach(), dhidden, dweight, None)
+    same = full_logits_results(rounded)
+    assert_within_error_budget(
+        actual._replace(dweight=dweight.bfloat16()), same._replace(dbias=None), exact._replace(dbias=None)
+    )
+
+
+def test_inside_a_compiled_function(device: torch.device) -> None:
+    """A published implementation loses ignore_index under torch.compile."""
+    problem = make_problem(20, 16, 67, device=device, ignore_index=5)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden * 2, weight, target, ignore_index=5) * 3
+
+    expected = loss(problem.hidden, problem.weight, problem.target)
+    actual = torch.compile(loss, backend="aot_eager")(problem.hidden, problem.weight, problem.target)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(value, (problem.hidden, problem.weight)) for value in (actual, expected)]
+    torch.testing.assert_close(*grads)

@@ -1,0 +1,74 @@
+"""Memory does not grow with tokens × vocabulary."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused.testing import PeakBytes, make_problem
+
+WORKSPACE_BYTES = 2**20
+
+
+def peak_bytes(T: int, H: int, V: int, *, grad: bool = True) -> int:
+    """Above the inputs and their gradients."""
+    problem = make_problem(T, H, V, bias=False)
+    with PeakBytes() as peak, torch.set_grad_enabled(grad):
+        options = ComputeOptions(impl="eager", workspace_bytes=WORKSPACE_BYTES)
+        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options)
+        if grad:
+            loss.backward()
+    return peak.bytes - grad * (problem.hidden.nbytes + problem.weight.nbytes)
+
+
+def test_peak_does_not_grow_with_tokens_times_vocabulary() -> None:
+    small, large = peak_bytes(1024, 16, 2048), peak_bytes(4096, 16, 16384)
+    logits_bytes = 4096 * 16384 * 4
+    per_token = 4096 * 16 * 8  # targets, statistics and their gradients: a few numbers each
+    assert large < small + per_token
+    assert large < logits_bytes / 8
+
+
+def test_the_workspace_bounds_the_backward() -> None:
+    """Tiles of the forward are bounded too, so evaluation and training differ by at most the workspace."""
+    forward, both = peak_bytes(2048, 16, 16384, grad=False), peak_bytes(2048, 16, 16384)
+    assert both <= max(forward, 2 * WORKSPACE_BYTES)
+
+
+def test_evaluation_keeps_nothing_for_a_backward() -> None:
+    problem = make_problem(512, 16, 2048, bias=False)
+    with PeakBytes() as peak, torch.no_grad():
+        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, reduction="none")
+        alive = peak.alive
+    assert loss.grad_fn is None
+    assert alive == loss.nbytes
+
+
+def test_the_measure_itself() -> None:
+    """Full logits: the logits and what the softmax keeps of them, and a gradient of either."""
+    T, H, V = 256, 16, 1024
+    problem = make_problem(T, H, V, bias=False)
+    with PeakBytes() as peak:
+        F.cross_entropy(problem.hidden @ problem.weight.t(), problem.target).backward()
+    logits_bytes = T * V * 4
+    assert 3 * logits_bytes <= peak.bytes < 4 * logits_bytes
+    with PeakBytes() as peak:
+        for _ in range(3):
+            torch.empty(1000).add(1)
+    assert peak.bytes == 8000
+
+
+@pytest.mark.gpu
+def test_peak_on_a_gpu() -> None:
+    """Workspace and fp32 accumulator; the allocator's own count."""
+    T, H, V = 8192, 1024, 65536
+    problem = make_problem(T, H, V, dtype=torch.bfloat16, device="cuda", bias=False)
+    options = ComputeOptions(workspace_bytes=32 * 2**20)
+    for _ in range(2):  # the first call compiles, and makes the gradients that the second adds to
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        problem.hidden.grad = problem.weight.grad = None
+        linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options).backward()
+        extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 32 * 2**20 + 4 * T * H + problem.hidden.nbytes + problem.weight.nbytes + 8 * 2**20

@@ -1,0 +1,102 @@
+"""The head that owns its shard."""
+
+import pickle
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from vocab_parallel_fused import ComputeOptions, VocabParallelLinearCrossEntropy, VocabShard
+from vocab_parallel_fused.testing import run_on_ranks
+
+H, V = 6, 2050  # more than two blocks of the initialisation
+
+
+def initial_state(group: ProcessGroup, padded: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    torch.manual_seed(3)
+    rows = -(-V // group.size()) + 5
+    shard = VocabShard(group.rank() * rows, (group.rank() + 1) * rows, V) if padded else None
+    head = VocabParallelLinearCrossEntropy(H, V, bias=True, group=group, shard=shard)
+    return dict(head.state_dict()), torch.rand(3)
+
+
+def joined(states: Sequence[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    return torch.cat([state[name] for state in states])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_initialisation_does_not_depend_on_the_ranks(world_size: int, padded: bool) -> None:
+    ((whole, next_numbers),) = run_on_ranks(initial_state, 1, False)
+    states, next_numbers_of_ranks = zip(*run_on_ranks(initial_state, world_size, padded), strict=True)
+    for name in ("weight", "bias"):
+        parts = joined(states, name)
+        assert torch.equal(parts[:V], whole[name])
+        assert (parts[V:] == 0).all()
+    assert all(torch.equal(next_numbers, numbers) for numbers in next_numbers_of_ranks)
+
+
+def test_initialisation_is_that_of_a_linear_layer() -> None:
+    head = VocabParallelLinearCrossEntropy(64, V, bias=True)
+    bound = 1 / 8
+    assert head.bias is not None
+    for parameter in (head.weight, head.bias):
+        assert parameter.abs().max() <= bound
+        torch.testing.assert_close(parameter.std().item(), bound / 3**0.5, rtol=0.05, atol=0)
+    assert len(head.weight[:, 0].unique()) > V - 20  # blocks of rows differ
+
+
+def load_and_run(group: ProcessGroup, full: dict[str, torch.Tensor], padded: bool) -> tuple[torch.Tensor, ...]:
+    rows = -(-V // group.size()) + 5
+    shard = VocabShard(group.rank() * rows, (group.rank() + 1) * rows, V) if padded else None
+    head = VocabParallelLinearCrossEntropy(H, V, bias=True, group=group, shard=shard, reduction="sum", ignore_index=5)
+    head.load_state_dict(full)
+    saved = {name: value.clone() for name, value in head.state_dict().items()}
+    assert set(saved) == {"weight", "bias"}
+    assert saved["weight"].shape == (head.shard.num_rows, H)
+    nn.init.zeros_(head.weight)
+    head.load_state_dict(saved)  # the shard's own
+    assert torch.equal(head.weight, saved["weight"])
+
+    hidden = torch.linspace(-1, 1, 8 * H).view(8, H).requires_grad_()
+    target = torch.tensor([0, V - 1, V // 2, 5, 1, 2, 3, 4])
+    loss = head(hidden, target)
+    loss.backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+    return loss.detach(), hidden.grad, head.weight.grad[: head.shard.num_valid_rows]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_loads_a_full_matrix_and_a_shard(world_size: int, padded: bool) -> None:
+    linear = nn.Linear(H, V)
+    results = run_on_ranks(load_and_run, world_size, dict(linear.state_dict()), padded)
+    hidden = torch.linspace(-1, 1, 8 * H).view(8, H).requires_grad_()
+    target = torch.tensor([0, V - 1, V // 2, 5, 1, 2, 3, 4])
+    expected = F.cross_entropy(linear(hidden), target, reduction="sum", ignore_index=5)
+    expected.backward()
+    for loss, dhidden, _ in results:
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(dhidden, hidden.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat([result[2] for result in results]), linear.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_matrix_of_neither_size_is_refused() -> None:
+    head = VocabParallelLinearCrossEntropy(H, V)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        head.load_state_dict({"weight": torch.zeros(V - 1, H)})
+
+
+def test_is_an_ordinary_module() -> None:
+    head = VocabParallelLinearCrossEntropy(H, 10, dtype=torch.bfloat16, options=ComputeOptions(impl="eager"))
+    assert repr(head) == (
+        "VocabParallelLinearCrossEntropy(in_features=6, vocab_size=10, bias=False, rows=[0, 10))"
+    )
+    assert head.weight.dtype == torch.bfloat16
+    copy = pickle.loads(pickle.dumps(head))
+    hidden, target = torch.randn(4, H, dtype=torch.bfloat16), torch.arange(4)
+    assert torch.equal(head(hidden, target), copy(hidden, target))
