@@ -51,6 +51,7 @@ def local_grads(
     weight: Tensor,
     bias: Tensor | None,
     target_row: Tensor,
+    target_logit: Tensor,
     lse: Tensor,
     grad_lse: Tensor,
     grad_target_logit: Tensor,
@@ -64,12 +65,14 @@ def local_grads(
 
     Args:
         hidden, weight, bias, target_row: as in :func:`local_stats`.
+        target_logit: ``[T]`` of this shard, as :func:`local_stats` returned it.
         lse: ``[T]`` of the whole vocabulary, fp32.
         grad_lse, grad_target_logit: ``[T]`` upstream gradients of the two statistics, fp32.
         dhidden: ``[T, H]``, overwritten with this shard's share of the hidden states' gradient; None: not wanted.
         dweight, dbias: ``[V, H]``, ``[V]``, overwritten; None: not wanted.
         workspace_bytes: memory for the tile of logit gradients and its temporaries.
     """
+    del target_logit  # recomputed with its tile
     dtype = _accumulator_dtype(hidden)
 
     def write_dlogits(tokens: slice, rows: slice, coefficients: DlogitsCoefficients, out: Tensor) -> None:

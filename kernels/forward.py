@@ -2,8 +2,10 @@
 
     lse_t = log Σ_j exp(x_t · w_j + b_j),    target_logit_t = x_t · w_y + b_y
 
-``local_stats_kernel`` computes one tile a program and writes one partial lse per token and tile; ``merge_partials_kernel``
+``partial_lse_kernel`` computes one tile a program and writes one partial lse per token and tile; ``merge_partials_kernel``
 merges them. Rows are walked in chunks whose partials fit a fixed buffer, so memory does not grow with the vocabulary.
+``target_logit_kernel`` computes the targets' logits once more, from their rows alone: to look for them in every tile
+costs several times as much.
 ``T`` tokens, ``V`` rows of the shard, ``H`` hidden size.
 """
 
@@ -13,25 +15,31 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
-from vocab_parallel_fused.kernels.tiles import LOG2E, current_arch, logits_tile, operand_kwargs, tile_position
+from vocab_parallel_fused.kernels.tiles import (
+    LOG2E,
+    current_arch,
+    logits_tile,
+    operand_kwargs,
+    product_precision,
+    rows_product,
+    tile_position,
+)
 from vocab_parallel_fused.stats import TokenStats
 
 _PARTIAL_BYTES = 4 * 2**20  # some thousand programs a launch: its last, unfilled wave of processors costs little
+_TARGET_TOKENS = 64  # the fewest rows of one of Hopper's matrix instructions
 _MERGE_TOKENS = 64  # a block of the merge: small, so that a thousand tokens still occupy many processors
 
 
 @triton.jit
-def local_stats_kernel(
+def partial_lse_kernel(
     hidden,  # [T, H] descriptor or pointer
     weight,  # [V, H] descriptor or pointer
     bias_ptr,  # [V]
-    target_row_ptr,  # [T] int64, −1: not in this shard
     partial_lse_ptr,  # [num_tiles, T] out
-    target_logit_ptr,  # [T] out, written where the target is among these rows
     T,
     V,
     H,
-    first_row,  # number of the first row in the shard, as target_row counts
     stride_hidden_t,
     stride_hidden_h,
     stride_weight_v,
@@ -83,14 +91,6 @@ def local_stats_kernel(
     lse = tl.maximum(reference * LN2 + tl.log(sum_exp), maximum)
     tl.store(partial_lse_ptr + pid_v.to(tl.int64) * T + offs_t, lse, mask=mask_t)
 
-    # Few tiles hold a target of their tokens; the others skip a comparison and a sum over the tile.
-    column = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1) - first_row - off_v
-    owned = (column >= 0) & (column < tl.minimum(V - off_v, BLOCK_V))
-    if tl.max(owned.to(tl.int32), axis=0) > 0:
-        is_target = column.to(tl.int32)[:, None] == offs_v[None, :]
-        target_logit = tl.sum(tl.where(is_target, z, 0.0), axis=1)
-        tl.store(target_logit_ptr + offs_t, target_logit, mask=owned)
-
 
 @triton.jit
 def merge_partials_kernel(
@@ -104,13 +104,64 @@ def merge_partials_kernel(
     mask_t = offs_t < T
     running_max = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
     sum_exp = tl.where(running_max == -float("inf"), 0.0, 1.0)
-    for partial in range(0, num_partials):
+    for partial in range(num_partials):
         lse = tl.load(partial_lse_ptr + tl.cast(partial, tl.int64) * T + offs_t, mask=mask_t, other=0.0)
         new_max = tl.maximum(running_max, lse)
         finite = tl.where(new_max == -float("inf"), 0.0, new_max)
         sum_exp = sum_exp * tl.exp(running_max - finite) + tl.exp(lse - finite)
         running_max = new_max
     tl.store(lse_ptr + offs_t, tl.maximum(running_max + tl.log(sum_exp), running_max), mask=mask_t)
+
+
+@triton.jit
+def target_logit_kernel(
+    hidden_ptr,  # [T, H]
+    weight_ptr,  # [V, H]
+    bias_ptr,  # [V]
+    target_row_ptr,  # [T] int64, −1: not in this shard
+    lse_ptr,  # [T] in, out
+    target_logit_ptr,  # [T] out, written where the target is in this shard
+    T,
+    H,
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_weight_v,
+    stride_weight_h,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The diagonal of a tile whose columns are the targets of its tokens, so that every sum over H runs in the order it
+    has in `partial_lse_kernel`: what rounding does to lse and to a confident target's logit then cancels in their
+    difference."""
+    offs = tl.arange(0, BLOCK_T)
+    offs_t = tl.program_id(0) * BLOCK_T + offs
+    mask_t = offs_t < T
+    target_row = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1)
+    owned = target_row >= 0
+    rows_v = tl.where(owned, target_row, 0)
+    z = rows_product(
+        hidden_ptr,
+        weight_ptr,
+        tl.minimum(offs_t, T - 1),
+        rows_v,
+        H,
+        stride_hidden_t,
+        stride_hidden_h,
+        stride_weight_v,
+        stride_weight_h,
+        BLOCK_T,
+        BLOCK_T,
+        BLOCK_H,
+        PRECISION,
+    )
+    target_logit = tl.sum(tl.where(offs[:, None] == offs[None, :], z, 0.0), axis=1)
+    if HAS_BIAS:
+        target_logit += tl.load(bias_ptr + rows_v, mask=owned, other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + offs_t, mask=owned, other=0.0)
+    tl.store(lse_ptr + offs_t, tl.maximum(lse, target_logit), mask=owned)
+    tl.store(target_logit_ptr + offs_t, target_logit, mask=owned)
 
 
 def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor) -> TokenStats:
@@ -128,12 +179,26 @@ def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row:
     for first_tile in range(0, num_tiles, chunk_tiles):
         chunk = min(chunk_tiles, num_tiles - first_tile)
         rows = slice(first_tile * tile.block_v, (first_tile + chunk) * tile.block_v)
-        local_stats_kernel[(-(-T // tile.block_t) * chunk,)](
-            target_row_ptr=target_row,
+        partial_lse_kernel[(-(-T // tile.block_t) * chunk,)](
             partial_lse_ptr=partial_lse,
-            target_logit_ptr=stats.target_logit,
-            first_row=rows.start,
             **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], arch, tile),
         )
         merge_partials_kernel[(-(-T // _MERGE_TOKENS),)](partial_lse, stats.lse, chunk, T, BLOCK_T=_MERGE_TOKENS)
+    target_logit_kernel[(-(-T // _TARGET_TOKENS),)](
+        hidden,
+        weight,
+        bias,
+        target_row,
+        stats.lse,
+        stats.target_logit,
+        T,
+        hidden.shape[1],
+        *hidden.stride(),
+        *weight.stride(),
+        BLOCK_T=_TARGET_TOKENS,
+        BLOCK_H=tile.block_h,
+        HAS_BIAS=bias is not None,
+        PRECISION=product_precision(hidden.dtype),
+        num_stages=4,
+    )
     return stats

@@ -50,28 +50,60 @@ def logits_tile(
 ):
     """z [BLOCK_T, BLOCK_V] in fp32. Rows past T and columns past V hold anything."""
     offs_v = off_v + tl.arange(0, BLOCK_V)
-    z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     if USE_DESCRIPTORS:
+        z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
         for off_h in range(0, H, BLOCK_H):
-            x = hidden.load([off_t, off_h])
-            w = weight.load([off_v, off_h])
-            z = _dot(x, w, z, PRECISION)
+            z = _dot(hidden.load([off_t, off_h]), weight.load([off_v, off_h]), z, PRECISION)
     else:
         # Clamped rather than masked: what a row or column past the end computes is never used.
-        offs_t = tl.minimum(off_t + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
-        rows_v = tl.minimum(offs_v, V - 1).to(tl.int64)
-        offs_h = tl.arange(0, BLOCK_H)
-        hidden_ptrs = hidden + offs_t[:, None] * stride_hidden_t + offs_h[None, :] * stride_hidden_h
-        weight_ptrs = weight + rows_v[:, None] * stride_weight_v + offs_h[None, :] * stride_weight_h
-        for off_h in range(0, H, BLOCK_H):
-            mask_h = (offs_h < H - off_h)[None, :]
-            x = tl.load(hidden_ptrs, mask=mask_h, other=0.0)
-            w = tl.load(weight_ptrs, mask=mask_h, other=0.0)
-            z = _dot(x, w, z, PRECISION)
-            hidden_ptrs += BLOCK_H * stride_hidden_h
-            weight_ptrs += BLOCK_H * stride_weight_h
+        z = rows_product(
+            hidden,
+            weight,
+            tl.minimum(off_t + tl.arange(0, BLOCK_T), T - 1),
+            tl.minimum(offs_v, V - 1),
+            H,
+            stride_hidden_t,
+            stride_hidden_h,
+            stride_weight_v,
+            stride_weight_h,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_H,
+            PRECISION,
+        )
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def rows_product(
+    hidden_ptr,  # [T, H]
+    weight_ptr,  # [V, H]
+    rows_t,  # [BLOCK_T] rows of hidden
+    rows_v,  # [BLOCK_V] rows of weight
+    H,
+    stride_hidden_t,
+    stride_hidden_h,
+    stride_weight_v,
+    stride_weight_h,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x_t · w_v [BLOCK_T, BLOCK_V] in fp32 for any rows, each product summed over H in the order of `logits_tile`."""
+    z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    offs_h = tl.arange(0, BLOCK_H)
+    hidden_ptrs = hidden_ptr + rows_t.to(tl.int64)[:, None] * stride_hidden_t + offs_h[None, :] * stride_hidden_h
+    weight_ptrs = weight_ptr + rows_v.to(tl.int64)[:, None] * stride_weight_v + offs_h[None, :] * stride_weight_h
+    for off_h in range(0, H, BLOCK_H):
+        mask_h = (offs_h < H - off_h)[None, :]
+        x = tl.load(hidden_ptrs, mask=mask_h, other=0.0)
+        w = tl.load(weight_ptrs, mask=mask_h, other=0.0)
+        z = _dot(x, w, z, PRECISION)
+        hidden_ptrs += BLOCK_H * stride_hidden_h
+        weight_ptrs += BLOCK_H * stride_weight_h
     return z
 
 
@@ -107,7 +139,7 @@ def operand_kwargs(hidden: Tensor, weight: Tensor, bias: Tensor | None, arch: st
         "stride_weight_h": weight.stride(1),
         "HAS_BIAS": bias is not None,
         "USE_DESCRIPTORS": use_descriptors,
-        "PRECISION": _float32_precision() if hidden.dtype == torch.float32 else "ieee",
+        "PRECISION": product_precision(hidden.dtype),
         **tile.launch_kwargs(),
     }
 
@@ -118,6 +150,6 @@ def _describable(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and stride_bytes > 0 and stride_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def _float32_precision() -> str:
-    """Products of fp32 matrices follow torch's own setting, as the GEMMs of the backward do."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def product_precision(dtype: torch.dtype) -> str:
+    """Products of fp32 matrices follow torch's own setting, as the GEMMs of the backward do; others have no choice."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -4,11 +4,12 @@
     python launch/benchmark.py --shapes llama-tp8 --dtype float16
 
 ``G`` is the time of one cuBLAS product of ``2·T·V·H`` operations: the forward needs one, and forward + backward need four
-when no logits are kept. Every round times each method once, one after the other, so that all see the same clocks and
-temperature; the table shows medians. "Extra" is the peak of allocated memory above the inputs and the two gradients.
+when no logits are kept. Every round times each method once, in an order of its own, so that all see the same clocks and
+temperature and follow one another alike; the table shows medians. "Extra" is the peak of allocated memory above the inputs and the two gradients.
 """
 
 import argparse
+import random
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -79,7 +80,9 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> list[str]:
         lambda: torch.mm(logits, w, out=dhidden),
         lambda: torch.mm(logits.t(), x, out=dweight),
     ]
-    logits_ms, dhidden_ms, dweight_ms, forward_ms, step_ms = interleaved_ms([*products, forward, forward_backward], rounds)
+    logits_ms, dhidden_ms, dweight_ms, forward_ms, step_ms = interleaved_ms(
+        [*products, forward, forward_backward], rounds
+    )
     recompute_ms = 2 * logits_ms + dhidden_ms + dweight_ms
     return [
         f"{logits_ms:.2f}",
@@ -103,20 +106,22 @@ def extra_bytes(step: Callable[[], None], outputs: int) -> int:
 
 
 def interleaved_ms(methods: list[Callable[[], object]], rounds: int, warmup: int = 3) -> list[float]:
-    """Median time of each method over rounds in which all take their turn."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(methods) + 1)] for _ in range(rounds)]
-    for _ in range(warmup):
-        for method in methods:
-            method()
-    for marks in events:
-        marks[0].record()
-        for method, mark in zip(methods, marks[1:], strict=True):
-            method()
-            mark.record()
+    """Median time of each method over rounds in which all take their turn, in a random order."""
+    order = random.Random(0)
+    turns = [order.sample(range(len(methods)), len(methods)) for _ in range(warmup + rounds)]
+    marks = []
+    for turn in turns:
+        for index in turn:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            methods[index]()
+            end.record()
+            marks.append((index, start, end))
     torch.cuda.synchronize()
-    return [
-        statistics.median(marks[i].elapsed_time(marks[i + 1]) for marks in events) for i in range(len(methods))
-    ]
+    times = [[] for _ in methods]
+    for index, start, end in marks[warmup * len(methods) :]:
+        times[index].append(start.elapsed_time(end))
+    return [statistics.median(of_method) for of_method in times]
 
 
 if __name__ == "__main__":

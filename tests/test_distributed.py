@@ -59,7 +59,8 @@ def matrix_on_rank(group: ProcessGroup, dtype: torch.dtype) -> list[tuple[tuple,
         shard = shard_of(cut, group)
         options = ComputeOptions(impl=impl, combine=combine, workspace_bytes=5000)  # pyright: ignore[reportArgumentType]
         actual, again = (
-            sharded_results(problem, group, shard, sequence_parallel=sequence_parallel, options=options) for _ in range(2)
+            sharded_results(problem, group, shard, sequence_parallel=sequence_parallel, options=options)
+            for _ in range(2)
         )
         case = (cut, impl, combine, sequence_parallel)
         try:
@@ -182,7 +183,9 @@ def test_messages_are_few() -> None:
     """One packed gather of statistics, dX reduced once; the hidden states gathered once in each direction."""
     gather = ["all_gather"]
     assert run_on_ranks(count_collectives, 2, False, "all_gather") == [(gather, ["all_reduce"])] * 2
-    assert run_on_ranks(count_collectives, 2, True, "all_gather") == [(gather * 2, ["all_gather", "reduce_scatter"])] * 2
+    assert (
+        run_on_ranks(count_collectives, 2, True, "all_gather") == [(gather * 2, ["all_gather", "reduce_scatter"])] * 2
+    )
     assert run_on_ranks(count_collectives, 2, False, "all_reduce") == [(["all_reduce"] * 2, ["all_reduce"])] * 2
     assert run_on_ranks(count_collectives, 1, True, "all_gather") == [([], [])]
 
@@ -281,7 +284,9 @@ def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]]) -> None:
     """All ranks raise, and none is left waiting."""
     start, stop = bounds[group.rank()]
     target = torch.arange(10)
-    with pytest.raises(ValueError, match=r"shard must cover \[0, vocab_size\) exactly once .* (0|2) ranks hold target [45]"):
+    with pytest.raises(
+        ValueError, match=r"shard must cover \[0, vocab_size\) exactly once .* (0|2) ranks hold target [45]"
+    ):
         linear_cross_entropy(
             torch.randn(10, H), torch.randn(stop - start, H), target, group=group, shard=VocabShard(start, stop, 10)
         )
@@ -297,7 +302,9 @@ def bad_arguments(group: ProcessGroup) -> None:
     target = torch.zeros(8, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"target must be in \[0, 10\) or ignore_index, got 10 at position 3"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 10, 4, 5, 6, 7]), group=group)
-    with pytest.raises(ValueError, match=r"target must have shape \(16,\) .*\(2 ranks with sequence_parallel\), got \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"target must have shape \(16,\) .*\(2 ranks with sequence_parallel\), got \(8,\)"
+    ):
         linear_cross_entropy(hidden, weight, target, group=group, sequence_parallel=True)
     with pytest.raises(ValueError, match="input must have a token dimension"):
         linear_cross_entropy(hidden[0], weight, target[0], group=group, sequence_parallel=True)

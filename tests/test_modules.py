@@ -93,9 +93,7 @@ def test_a_matrix_of_neither_size_is_refused() -> None:
 
 def test_is_an_ordinary_module() -> None:
     head = VocabParallelLinearCrossEntropy(H, 10, dtype=torch.bfloat16, options=ComputeOptions(impl="eager"))
-    assert repr(head) == (
-        "VocabParallelLinearCrossEntropy(in_features=6, vocab_size=10, bias=False, rows=[0, 10))"
-    )
+    assert repr(head) == ("VocabParallelLinearCrossEntropy(in_features=6, vocab_size=10, bias=False, rows=[0, 10))")
     assert head.weight.dtype == torch.bfloat16
     copy = pickle.loads(pickle.dumps(head))
     hidden, target = torch.randn(4, H, dtype=torch.bfloat16), torch.arange(4)

@@ -9,7 +9,7 @@ Steps in brackets run under sequence parallelism only. Shapes on a rank, ``T`` t
     hidden        [T, H] replicated, or this rank's [T / R, H] under sequence parallelism; saved as it came
     weight, bias  [V_local, H], [V_local]; saved
     target        [T] global ids, replicated
-    statistics    [T] each, replicated; lse is saved
+    statistics    [T] each, replicated; lse and the shard's own target_logit are saved
     dhidden       as hidden: all-reduced once, or reduce-scattered once under sequence parallelism
     dweight       [V_local, H], complete on its rank, never communicated
     ============  ==================================================================================
@@ -61,7 +61,7 @@ class _TokenStatsFunction(Function):
             )
         stats = gather_stats(local, plan.group, plan.combine)
         ctx.plan = plan
-        ctx.save_for_backward(hidden, weight, bias, target_row, stats.lse)
+        ctx.save_for_backward(hidden, weight, bias, target_row, local.target_logit, stats.lse)
         ctx.mark_non_differentiable(stats.owners)
         return tuple(stats)
 
@@ -71,7 +71,7 @@ class _TokenStatsFunction(Function):
         ctx: Any, grad_lse: Tensor, grad_target_logit: Tensor, _grad_owners: Tensor
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        hidden, weight, bias, target_row, lse = ctx.saved_tensors
+        hidden, weight, bias, target_row, target_logit, lse = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Other ranks wait for this rank's share even if the hidden states are frozen here.
         needs_hidden = needs_hidden or rank_and_size(plan.group)[1] > 1
@@ -86,6 +86,7 @@ class _TokenStatsFunction(Function):
                 weight[:rows],
                 None if bias is None else bias[:rows],
                 target_row,
+                target_logit,
                 lse,
                 grad_lse,
                 grad_target_logit,

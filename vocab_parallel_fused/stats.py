@@ -35,9 +35,7 @@ def merge_stats(parts: Tensor) -> TokenStats:
 
 def cross_entropy(stats: TokenStats, valid: Tensor) -> Tensor:
     """[T] ``−log p_y = lse − z_y``, and exactly 0 (also its gradient) where ``valid`` is False."""
-    # `where` on the result alone would let a NaN or inf of an ignored row into the gradient as 0 · inf.
-    zero = stats.lse.new_zeros(())
-    return torch.where(valid, stats.lse, zero) - torch.where(valid, stats.target_logit, zero)
+    return torch.where(valid, stats.lse - stats.target_logit, 0.0)
 
 
 def reduce_loss(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:

@@ -1,0 +1,109 @@
+"""Every kernel compiles for every architecture that the project claims, on a machine that has none of them.
+
+What the interpreter accepts the compiler may not, so this runs without it, in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+def compile_all(arch: str) -> list[dict[str, Any]]:
+    """Compile each kernel in each variant that can be launched on ``arch``; report what came out."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vocab_parallel_fused.kernels import backward, forward
+    from vocab_parallel_fused.kernels.configs import has_tensor_descriptors, tile_config
+
+    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    report = []
+
+    def build(
+        kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], about: str
+    ) -> None:
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+            for name in kernel.arg_names
+        }
+        # As a launch specialises them: 16-byte pointers and strides, and a last dimension of stride 1.
+        divisible = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or (name.startswith("stride_") and name not in constants)
+        }
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants, divisible), target=GPUTarget(*TARGETS[arch]), options=options
+        )
+        report.append(
+            {
+                "kernel": kernel.__name__,
+                "about": about,
+                "binary": next((kind for kind in ("cubin", "hsaco") if kind in compiled.asm), None),
+                "wgmma": "wgmma" in str(compiled.asm.get("ptx", "")),
+            }
+        )
+
+    for dtype, element in elements.items():
+        tile = tile_config(arch, dtype)
+        launch = tile.launch_kwargs()
+        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+        for descriptors in (False, True) if has_tensor_descriptors(arch) else (False,):
+            # fp16 differs from bf16 in nothing but the name of the type.
+            for has_bias in (False, True) if dtype == torch.bfloat16 else (True,):
+                types = {f"{name}_ptr": f"*{element}" for name in ("hidden", "weight", "bias", "dlogits")}
+                types["target_row_ptr"] = "*i64"
+                for name, rows in (("hidden", tile.block_t), ("weight", tile.block_v)):
+                    types[name] = f"tensordesc<{element}[{rows},{tile.block_h}]>" if descriptors else f"*{element}"
+                constants = {**launch, "HAS_BIAS": has_bias, "USE_DESCRIPTORS": descriptors, "PRECISION": "ieee"}
+                constants |= {"stride_hidden_h": 1, "stride_weight_h": 1}
+                if not has_bias:
+                    constants["bias_ptr"] = None
+                about = f"{element} {descriptors=} {has_bias=}"
+                for kernel in (forward.partial_lse_kernel, backward.dlogits_kernel):
+                    build(kernel, types, constants, options, about)
+                small = {name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names}
+                build(forward.target_logit_kernel, types, small | {"BLOCK_T": 64}, {"num_stages": 4}, about)
+        types = {"dlogits_ptr": f"*{element}", "target_row_ptr": "*i64"}
+        build(backward.target_dlogits_kernel, types, {"BLOCK_T": 128}, {}, "")
+    build(forward.merge_partials_kernel, {}, {"BLOCK_T": 64}, {}, "")
+    return report
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_compiles(arch: str) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, __file__, arch], env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout)
+    assert {row["kernel"] for row in report} == {
+        "partial_lse_kernel",
+        "merge_partials_kernel",
+        "target_logit_kernel",
+        "dlogits_kernel",
+        "target_dlogits_kernel",
+    }
+    assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
+    if arch == "sm_90":
+        # 16-bit products must run on Hopper's own matrix instructions.
+        assert all(row["wgmma"] for row in report if row["about"].startswith(("bf16", "fp16")))
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1])))

@@ -1,0 +1,122 @@
+"""What only a GPU can show. Run with the whole suite on a machine that has one; real shapes are in launch/check.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused.kernels import sweep
+from vocab_parallel_fused.testing import (
+    Problem,
+    assert_within_error_budget,
+    full_logits_results,
+    gradients,
+    make_problem,
+    max_error,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+def per_token(problem: Problem, **options: int) -> torch.Tensor:
+    return linear_cross_entropy(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        linear_bias=problem.bias,
+        reduction="none",
+        options=ComputeOptions(impl="triton", **options),  # pyright: ignore[reportArgumentType]
+    )
+
+
+# The last rows lie past 2³¹ elements; an H that is no multiple of 8 takes plain pointers, the others descriptors.
+@pytest.mark.parametrize("shape", [(64, 4096, 530_000), (64, 4090, 530_000), (530_000, 4096, 64), (530_000, 4090, 64)])
+def test_offsets_past_32_bits(shape: tuple[int, int, int]) -> None:
+    T, H, V = shape
+    problem = make_problem(T, H, V, dtype=torch.bfloat16, device="cuda", bias=False)
+    last = slice(-64, None)
+    if T > V:
+        # Only the last tokens matter, so the oracle needs only these.
+        upstream = torch.zeros_like(problem.upstream)
+        upstream[last] = problem.upstream[last]
+        problem = problem._replace(upstream=upstream)
+        small = Problem(problem.hidden[last], problem.weight, None, problem.target[last], upstream[last])
+    else:
+        small = problem
+    exact = full_logits_results(small.to(torch.float64))
+    same = full_logits_results(small.to(torch.bfloat16))
+    actual = gradients(per_token(problem), problem)
+    assert_within_error_budget(actual._replace(loss=actual.loss[last], dhidden=actual.dhidden[last]), same, exact)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    problem = make_problem(300, 64, 1000, dtype=torch.bfloat16, device="cuda")
+    gradients(per_token(problem), problem)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, linear_bias=problem.bias)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_graph_replay_with_new_data(dtype: torch.dtype) -> None:
+    problem = make_problem(300, 64, 1000, dtype=dtype, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        gradients(per_token(problem), problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = gradients(per_token(problem), problem)
+    other = make_problem(300, 64, 1000, dtype=dtype, device="cuda", seed=1)
+    with torch.no_grad():
+        for static, new in zip(problem, other, strict=True):
+            assert static is not None
+            assert new is not None
+            static.copy_(new)
+    graph.replay()
+    expected = gradients(per_token(other), other)
+    for replayed, eager in zip(captured, expected, strict=True):
+        assert replayed is not None
+        assert eager is not None
+        assert torch.equal(replayed, eager)
+
+
+def test_without_mixed_precision_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices whose torch cannot add 16-bit products into an fp32 matrix upcast the operands."""
+    problem = make_problem(300, 64, 1000, dtype=torch.bfloat16, device="cuda")
+    monkeypatch.setattr(sweep, "_has_mixed_gemm", lambda *_: False)
+    actual = gradients(per_token(problem, workspace_bytes=200_000), problem)
+    assert_within_error_budget(actual, full_logits_results(problem), full_logits_results(problem.to(torch.float64)))
+
+
+def test_float32_follows_the_precision_of_torch() -> None:
+    problem = make_problem(300, 64, 1000, device="cuda")
+    exact = full_logits_results(problem.to(torch.float64))
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        fast = max_error(per_token(problem), exact.loss)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        precise = max_error(per_token(problem), exact.loss)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert precise < 2e-6 < 1e-5 < fast < 1e-2
+
+
+@pytest.mark.parametrize("target", [-1, 1000])
+def test_a_target_that_is_no_class_is_a_device_assertion(target: int) -> None:
+    program = (
+        "import torch, vocab_parallel_fused as vpf\n"
+        "x, w = torch.randn(4, 64, device='cuda'), torch.randn(1000, 64, device='cuda')\n"
+        f"vpf.linear_cross_entropy(x, w, torch.full((4,), {target}, device='cuda'))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "device-side assert" in run.stderr
+    assert "a target is not in [0, vocab_size)" in run.stderr

@@ -1,0 +1,102 @@
+"""Who may import whom, and who may communicate: the rules of docs/design.md, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "vocab_parallel_fused"
+
+# For every module, the modules of the project that it may import; lower layers first.
+ALLOWED = {
+    "options": set(),
+    "stats": set(),
+    "collectives": {"stats"},
+    "sharding": {"collectives"},
+    "kernels.configs": set(),
+    "kernels.sweep": set(),
+    "kernels.eager": {"kernels.sweep", "stats"},
+    "kernels.tiles": {"kernels.configs"},
+    "kernels.forward": {"kernels.configs", "kernels.tiles", "stats"},
+    "kernels.backward": {"kernels.configs", "kernels.sweep", "kernels.tiles"},
+    "dispatch": {"kernels.eager", "kernels.forward", "kernels.backward", "kernels.tiles", "options", "stats"},
+    "autograd": {"collectives", "dispatch", "sharding", "stats"},
+    "functional": {"autograd", "collectives", "dispatch", "options", "sharding", "stats"},
+    "modules": {"collectives", "functional", "options", "sharding"},
+    "testing": {"functional", "options", "sharding"},
+    "__init__": {"functional", "modules", "options", "sharding"},
+}
+
+
+def source_files() -> dict[str, Path]:
+    files = {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
+    return files | {f"kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, at any depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            # `from package import module` names modules only where they are packages' children.
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module.endswith(".kernels") else {module}
+    return names
+
+
+def test_every_module_has_a_place() -> None:
+    assert set(source_files()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_go_downwards(module: str) -> None:
+    ours = {name for name in imports_of(source_files()[module]) if name.split(".")[0] == PACKAGE}
+    assert {name.removeprefix(f"{PACKAGE}.") for name in ours} <= ALLOWED[module]
+
+
+def test_only_collectives_communicates() -> None:
+    """Types of torch.distributed are free to import; its functions are not."""
+    types = {"torch.distributed.device_mesh", "torch.distributed.tensor"}
+    for module, path in source_files().items():
+        if module in {"collectives", "testing"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+                names = {alias.name for alias in node.names}
+                assert node.module in types or names == {"ProcessGroup"}, f"{module} imports {names} of {node.module}"
+                assert not module.startswith("kernels."), f"{module} knows a process group"
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("torch.distributed") for alias in node.names), module
+            elif isinstance(node, ast.Attribute):
+                assert ast.unparse(node) != "torch.distributed", module
+
+
+def test_what_communicates_says_so() -> None:
+    tree = ast.parse((ROOT / PACKAGE / "collectives.py").read_text())
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
+        calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+        communicates = bool(calls & {"_all_gather", "_reduce_scatter", "dist.all_reduce"})
+        assert communicates == function.name.startswith(("gather_", "reduce_", "scatter_")), function.name
+
+
+def test_runs_without_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, vocab_parallel_fused as vpf\n"
+        "x = torch.ones(2, 3, requires_grad=True)\n"
+        "vpf.linear_cross_entropy(x, torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)).backward()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_checkout_does_not_hide_other_packages() -> None:
+    """With an __init__.py, `import kernels` in a checkout would find this folder and not the package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / PACKAGE / "kernels").is_symlink()
+    assert (ROOT / PACKAGE / "kernels").readlink() == Path("../kernels")
