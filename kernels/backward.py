@@ -7,6 +7,8 @@
 ``sweep.py`` walks the blocks. ``T`` tokens, ``V`` rows of the block, ``H`` hidden size.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +17,7 @@ from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.sweep import DlogitsCoefficients, sweep_grads
 from vocab_parallel_fused.kernels.tiles import LOG2E, current_arch, logits_tile, operand_kwargs, tile_position
 
-_TARGET_TOKENS = 128  # a block of the second kernel
+_TARGET_LAUNCH: dict[str, Any] = {"BLOCK_T": 128}
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def dlogits_kernel(
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)
+    pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)  # pyright: ignore[reportGeneralTypeIssues]
     off_t = pid_t * BLOCK_T
     off_v = pid_v * BLOCK_V
     z = logits_tile(
@@ -71,7 +73,7 @@ def dlogits_kernel(
     lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
     grad_lse = tl.load(grad_lse_ptr + offs_t, mask=mask_t, other=0.0)
 
-    # exp(z − lse) as one fused multiply-add and one exp2. What rounding takes from `lse · log2(e)` goes into the factor.
+    # exp(z − lse) as one fused multiply-add and one exp2. What rounding takes from lse · log2(e) goes into the factor.
     reference = lse * LOG2E
     factor = grad_lse * tl.exp2(-tl.fma(lse, tl.full((BLOCK_T,), LOG2E, tl.float32), -reference))
     dlogits = tl.exp2(z * LOG2E - reference[:, None]) * factor[:, None]
@@ -141,17 +143,18 @@ def local_grads(
             stride_dlogits_t=out.stride(0),
             **operand_kwargs(hidden[tokens], weight[rows], None if bias is None else bias[rows], arch, tile),
         )
-        target_dlogits_kernel[(triton.cdiv(out.shape[0], _TARGET_TOKENS),)](
+        target_dlogits_kernel[(triton.cdiv(out.shape[0], _TARGET_LAUNCH["BLOCK_T"]),)](
             target_row[tokens],
             target_logit[tokens],
             lse[tokens],
             coefficients.grad_lse[tokens],
             coefficients.grad_target_logit[tokens],
             out,
-            *out.shape,
+            out.shape[0],
+            out.shape[1],
             rows.start,
             out.stride(0),
-            BLOCK_T=_TARGET_TOKENS,
+            **_TARGET_LAUNCH,
         )
 
     sweep_grads(

@@ -2,12 +2,15 @@
 
     lse_t = log Σ_j exp(x_t · w_j + b_j),    target_logit_t = x_t · w_y + b_y
 
-``partial_lse_kernel`` computes one tile a program and writes one partial lse per token and tile; ``merge_partials_kernel``
-merges them. Rows are walked in chunks whose partials fit a fixed buffer, so memory does not grow with the vocabulary.
+``partial_lse_kernel`` computes one tile a program and writes one partial lse per token and tile;
+``merge_partials_kernel`` merges them. Rows are walked in chunks whose partials fit a fixed buffer, so memory does not
+grow with the vocabulary.
 ``target_logit_kernel`` computes the targets' logits once more, from their rows alone: to look for them in every tile
 costs several times as much.
 ``T`` tokens, ``V`` rows of the shard, ``H`` hidden size.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.tiles import (
+    LN2,
     LOG2E,
     current_arch,
     logits_tile,
@@ -27,8 +31,9 @@ from vocab_parallel_fused.kernels.tiles import (
 from vocab_parallel_fused.stats import TokenStats
 
 _PARTIAL_BYTES = 4 * 2**20  # some thousand programs a launch: its last, unfilled wave of processors costs little
-_TARGET_TOKENS = 64  # the fewest rows of one of Hopper's matrix instructions
-_MERGE_TOKENS = 64  # a block of the merge: small, so that a thousand tokens still occupy many processors
+# Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
+_TARGET_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "num_stages": 4}
+_MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64}
 
 
 @triton.jit
@@ -52,8 +57,7 @@ def partial_lse_kernel(
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    LN2: tl.constexpr = 0.6931471805599453
-    pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)
+    pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)  # pyright: ignore[reportGeneralTypeIssues]
     off_t = pid_t * BLOCK_T
     off_v = pid_v * BLOCK_V
     z = logits_tile(
@@ -183,8 +187,15 @@ def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row:
             partial_lse_ptr=partial_lse,
             **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], arch, tile),
         )
-        merge_partials_kernel[(-(-T // _MERGE_TOKENS),)](partial_lse, stats.lse, chunk, T, BLOCK_T=_MERGE_TOKENS)
-    target_logit_kernel[(-(-T // _TARGET_TOKENS),)](
+        merge_partials_kernel[(triton.cdiv(T, _MERGE_LAUNCH["BLOCK_T"]),)](
+            partial_lse, stats.lse, chunk, T, **_MERGE_LAUNCH
+        )
+    constants: dict[str, Any] = {
+        "BLOCK_H": tile.block_h,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": product_precision(hidden.dtype),
+    }
+    target_logit_kernel[(triton.cdiv(T, _TARGET_LAUNCH["BLOCK_T"]),)](
         hidden,
         weight,
         bias,
@@ -193,12 +204,11 @@ def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row:
         stats.target_logit,
         T,
         hidden.shape[1],
-        *hidden.stride(),
-        *weight.stride(),
-        BLOCK_T=_TARGET_TOKENS,
-        BLOCK_H=tile.block_h,
-        HAS_BIAS=bias is not None,
-        PRECISION=product_precision(hidden.dtype),
-        num_stages=4,
+        hidden.stride(0),
+        hidden.stride(1),
+        weight.stride(0),
+        weight.stride(1),
+        **constants,
+        **_TARGET_LAUNCH,
     )
     return stats

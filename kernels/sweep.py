@@ -7,7 +7,8 @@ For each block of rows, and within it each block of tokens:
     dweight [block_v, H]        +=  dlogitsᵀ @ hidden          fp32, over the blocks of tokens (mostly one)
     dbias   [block_v]           += Σ_t dlogits
 
-Rows of ``dweight`` are finished once and never read again. Both sums are accumulated in fp32, whatever the inputs' dtype.
+Rows of ``dweight`` are finished once and never read again. Both sums are accumulated in fp32, whatever the dtype of
+the inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class DlogitsCoefficients(NamedTuple):
 
 
 def even_block(total: int, largest: int, tile: int) -> int:
-    """A multiple of ``tile``, at most ``largest`` but at least one tile, that cuts ``total`` into nearly equal blocks."""
+    """A multiple of ``tile`` that cuts ``total`` into nearly equal blocks: at most ``largest``, at least one tile."""
     largest = max(tile, largest // tile * tile)
     num_blocks = max(1, -(-total // largest))
     return max(tile, -(-total // (num_blocks * tile)) * tile)
@@ -144,7 +145,7 @@ def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None
 
 @functools.cache
 def _has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies 16-bit matrices into an fp32 one in place. CUDA does; asking is the only way to know."""
+    """Whether this device adds products of 16-bit matrices into an fp32 one. CUDA does; only asking tells."""
     a = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:

@@ -15,6 +15,7 @@ INTERPRETED: bool = knobs.runtime.interpret
 # Kernels may read globals that are constexpr.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def current_arch() -> str:
     """``"sm_90"``, ``"gfx942"`` or the like of the current device; ``"interpreter"`` without one."""
     if INTERPRETED:
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    target: Any = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":", maxsplit=1)[0]
 
 

@@ -3,9 +3,10 @@
     python launch/benchmark.py                     # all named shapes
     python launch/benchmark.py --shapes llama-tp8 --dtype float16
 
-``G`` is the time of one cuBLAS product of ``2·T·V·H`` operations: the forward needs one, and forward + backward need four
-when no logits are kept. Every round times each method once, in an order of its own, so that all see the same clocks and
-temperature and follow one another alike; the table shows medians. "Extra" is the peak of allocated memory above the inputs and the two gradients.
+``G`` is the time of one cuBLAS product of ``2·T·V·H`` operations: the forward needs one, and forward + backward need
+four when no logits are kept. Every round times each method once, in an order of its own, so that all see the same
+clocks and temperature and follow one another alike; the table shows medians. "Extra" is the peak of allocated memory
+above the inputs and the two gradients.
 """
 
 import argparse

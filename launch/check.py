@@ -5,8 +5,8 @@
 
 Every row is one call, forward and backward, with a random upstream gradient per token. An error is the largest
 difference from float64 as a fraction of the largest value, the worst over all ranks; its budget comes from what plain
-PyTorch of the same dtype loses (``vocab_parallel_fused.testing.check_error_budget``). Each call is made twice: ranks and
-runs must agree to the bit. The exit code is 0 if every row passes.
+PyTorch of the same dtype loses (``vocab_parallel_fused.testing.check_error_budget``). Each call is made twice: ranks
+and runs must agree to the bit. The exit code is 0 if every row passes.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vocab_parallel_fused import ComputeOptions, VocabShard
+from vocab_parallel_fused.options import Combine, Impl
 from vocab_parallel_fused.testing import (
     Check,
     Results,
@@ -92,7 +93,8 @@ def main() -> int:
 def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check], bool]]:
     on_gpu = context.device.type == "cuda"
     several = context.group is not None
-    impls = ["eager", "triton"] if on_gpu else ["eager"]
+    impls: list[Impl] = ["eager", "triton"] if on_gpu else ["eager"]
+    combines: list[Combine] = ["all_gather", "all_reduce"] if several else ["all_gather"]
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     can_shard_tokens = several and shape.T % context.world_size == 0
     rows = []
@@ -101,11 +103,7 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
         reference = full_logits_results(problem.to(torch.float64))
         same_dtype = full_logits_results(problem)
         shard = VocabShard.even(shape.V, context.group)
-        for impl, combine, sequence_parallel in product(
-            impls,
-            ["all_gather", "all_reduce"] if several else ["all_gather"],
-            [False, True] if can_shard_tokens else [False],
-        ):
+        for impl, combine, sequence_parallel in product(impls, combines, [False, True][: 1 + can_shard_tokens]):
             options = ComputeOptions(impl=impl, combine=combine)
             expected, budget = (
                 local_part(results, context.group, shard, sequence_parallel=sequence_parallel)

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from vocab_parallel_fused.options import Impl
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -23,7 +25,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(params=["eager", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
+def impl(request: pytest.FixtureRequest) -> Impl:
     """Each implementation: Triton is compiled on a GPU and interpreted on the CPU."""
     if request.param == "triton":
         pytest.importorskip("triton")

@@ -75,7 +75,9 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
                 about = f"{element} {descriptors=} {has_bias=}"
                 for kernel in (forward.partial_lse_kernel, backward.dlogits_kernel):
                     build(kernel, types, constants, options, about)
-                small = {name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names}
+                small = {
+                    name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names
+                }
                 build(forward.target_logit_kernel, types, small | {"BLOCK_T": 64}, {"num_stages": 4}, about)
         types = {"dlogits_ptr": f"*{element}", "target_row_ptr": "*i64"}
         build(backward.target_dlogits_kernel, types, {"BLOCK_T": 128}, {}, "")

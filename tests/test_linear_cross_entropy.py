@@ -2,12 +2,15 @@
 
 import inspect
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused.functional import Reduction
+from vocab_parallel_fused.options import Impl
 from vocab_parallel_fused.testing import (
     Problem,
     Results,
@@ -21,14 +24,14 @@ from vocab_parallel_fused.testing import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def run(problem: Problem, impl: str, **options: int) -> Results:
+def run(problem: Problem, impl: Impl, **options: Any) -> Results:
     loss = linear_cross_entropy(
         problem.hidden,
         problem.weight,
         problem.target,
         linear_bias=problem.bias,
         reduction="none",
-        options=ComputeOptions(impl=impl, **options),  # pyright: ignore[reportArgumentType]
+        options=ComputeOptions(impl=impl, **options),
     )
     return gradients(loss, problem)
 
@@ -42,33 +45,33 @@ def assert_matches_full_logits(problem: Problem, actual: Results) -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 64, 129), (16, 16, 32), (17, 33, 65), (37, 40, 127), (5, 8, 1003), (70, 24, 5)]
 )
-def test_loss_and_gradients(impl: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> None:
+def test_loss_and_gradients(impl: Impl, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> None:
     problem = make_problem(*shape, dtype=dtype, device=device)
     assert_matches_full_logits(problem, run(problem, impl))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("workspace_bytes", [1, 3000, 20000])
-def test_any_workspace(impl: str, dtype: torch.dtype, workspace_bytes: int, device: torch.device) -> None:
+def test_any_workspace(impl: Impl, dtype: torch.dtype, workspace_bytes: int, device: torch.device) -> None:
     """Blocks of tokens as well as of rows: sums over both must be accumulated, not overwritten."""
     problem = make_problem(75, 24, 131, dtype=dtype, device=device)
     assert_matches_full_logits(problem, run(problem, impl, workspace_bytes=workspace_bytes))
 
 
-def test_without_bias(impl: str, device: torch.device) -> None:
+def test_without_bias(impl: Impl, device: torch.device) -> None:
     problem = make_problem(20, 24, 70, bias=False, device=device)
     assert_matches_full_logits(problem, run(problem, impl))
 
 
 @pytest.mark.parametrize("V", [1, 127, 129, 18992])
-def test_log_probabilities_are_never_positive(impl: str, V: int, device: torch.device) -> None:
+def test_log_probabilities_are_never_positive(impl: Impl, V: int, device: torch.device) -> None:
     """Columns past the vocabulary would add exp(0 − max) to the sum; rounding might lift a confident token above 0."""
     hidden = torch.zeros(8, 16, device=device)
     hidden[:, 0] = torch.linspace(-40, 40, 8, device=device)
     weight = torch.zeros(V, 16, device=device)
     weight[-1, 0] = 1.0
     target = torch.full((8,), V - 1, device=device)
-    options = ComputeOptions(impl=impl)  # pyright: ignore[reportArgumentType]
+    options = ComputeOptions(impl=impl)
     loss = linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
     expected = F.cross_entropy((hidden @ weight.t()).double(), target, reduction="none")
     assert (loss >= 0).all()
@@ -76,7 +79,7 @@ def test_log_probabilities_are_never_positive(impl: str, V: int, device: torch.d
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
-def test_logits_far_from_zero(impl: str, shift: float, device: torch.device) -> None:
+def test_logits_far_from_zero(impl: Impl, shift: float, device: torch.device) -> None:
     """A running maximum that starts at 0 gives log 0 for a row of logits below −100; one at 1e4 overflows exp."""
     problem = make_problem(20, 16, 67, device=device)
     assert problem.bias is not None
@@ -88,7 +91,7 @@ def test_logits_far_from_zero(impl: str, shift: float, device: torch.device) -> 
     assert max_error(actual.dhidden, exact.dhidden) < 2e-3
 
 
-def test_classes_masked_by_an_infinite_bias(impl: str, device: torch.device) -> None:
+def test_classes_masked_by_an_infinite_bias(impl: Impl, device: torch.device) -> None:
     """Whole tiles of −inf: −inf − −inf must not make a NaN."""
     problem = make_problem(20, 16, 200, device=device)
     assert problem.bias is not None
@@ -102,7 +105,7 @@ def test_classes_masked_by_an_infinite_bias(impl: str, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_confident_tokens_keep_their_gradient(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_confident_tokens_keep_their_gradient(impl: Impl, dtype: torch.dtype, device: torch.device) -> None:
     """Rounding p = 0.999 to bf16 before 1 is subtracted gives 1, and no gradient at all."""
     hidden = torch.eye(4, 16, device=device, dtype=dtype).mul_(4).requires_grad_()
     weight = (torch.eye(40, 16, device=device, dtype=dtype) * 2.625).requires_grad_()  # p_y = 0.9989
@@ -117,7 +120,7 @@ def test_confident_tokens_keep_their_gradient(impl: str, dtype: torch.dtype, dev
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
-def test_fp16_gradients_of_any_size(impl: str, scale: float, device: torch.device) -> None:
+def test_fp16_gradients_of_any_size(impl: Impl, scale: float, device: torch.device) -> None:
     """Coefficients are scaled into fp16's range: p·1e-6 would vanish in it and p·1e6 overflow. The result may still."""
     problem = make_problem(20, 16, 67, dtype=torch.float16, device=device)
     small = problem._replace(weight=(problem.weight.detach() / scale**0.5).requires_grad_()) if scale > 1 else problem
@@ -133,14 +136,14 @@ def test_fp16_gradients_of_any_size(impl: str, scale: float, device: torch.devic
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_reductions_and_shapes(impl: str, reduction: str, device: torch.device) -> None:
+def test_reductions_and_shapes(impl: Impl, reduction: str, device: torch.device) -> None:
     problem = make_problem(24, 8, 40, device=device, ignore_index=7)
     hidden = problem.hidden.detach().view(2, 3, 4, 8).requires_grad_()
     target = problem.target.view(2, 3, 4)
     kwargs = {"reduction": reduction, "ignore_index": 7}
     loss = linear_cross_entropy(
         hidden, problem.weight, target, linear_bias=problem.bias, options=ComputeOptions(impl=impl), **kwargs
-    )  # pyright: ignore[reportArgumentType]
+    )
     logits = F.linear(hidden, problem.weight, problem.bias)
     expected = F.cross_entropy(logits.movedim(-1, 1).double(), target, **kwargs)
     assert loss.shape == expected.shape
@@ -152,11 +155,11 @@ def test_reductions_and_shapes(impl: str, reduction: str, device: torch.device) 
     torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-6)
 
 
-def test_a_single_token(impl: str, device: torch.device) -> None:
+def test_a_single_token(impl: Impl, device: torch.device) -> None:
     """(H,) and a target without dimensions, as torch takes them."""
     hidden, weight = torch.randn(8, device=device), torch.randn(5, 8, device=device)
     target = torch.tensor(3, device=device)
-    options = ComputeOptions(impl=impl)  # pyright: ignore[reportArgumentType]
+    options = ComputeOptions(impl=impl)
     loss = linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
     assert loss.shape == ()
     torch.testing.assert_close(loss, F.cross_entropy(weight @ hidden, target))
@@ -182,13 +185,13 @@ def test_agrees_with_the_function_of_torch() -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("case", ["no tokens", "all ignored"])
-def test_nothing_to_learn_from(impl: str, reduction: str, case: str, device: torch.device) -> None:
+def test_nothing_to_learn_from(impl: Impl, reduction: Reduction, case: str, device: torch.device) -> None:
     """Loss 0 and gradients 0, where torch's mean is NaN."""
     T = 0 if case == "no tokens" else 6
     hidden = torch.randn(T, 8, device=device, requires_grad=True)
     weight = torch.randn(40, 8, device=device, requires_grad=True)
     target = torch.full((T,), -100, device=device)
-    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, options=ComputeOptions(impl=impl))  # pyright: ignore[reportArgumentType]
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, options=ComputeOptions(impl=impl))
     assert (loss == 0).all()
     loss.sum().backward()
     assert hidden.grad is not None
@@ -197,7 +200,7 @@ def test_nothing_to_learn_from(impl: str, reduction: str, case: str, device: tor
     assert (weight.grad == 0).all()
 
 
-def test_ignored_tokens_may_hold_anything(impl: str, device: torch.device) -> None:
+def test_ignored_tokens_may_hold_anything(impl: Impl, device: torch.device) -> None:
     """Infinite logits of an ignored token must not reach the loss or the hidden states' gradient."""
     problem = make_problem(20, 16, 67, device=device)
     hidden = problem.hidden.detach().clone()
@@ -206,7 +209,7 @@ def test_ignored_tokens_may_hold_anything(impl: str, device: torch.device) -> No
         hidden.requires_grad_(),
         problem.weight.detach(),
         problem.target,
-        options=ComputeOptions(impl=impl),  # pyright: ignore[reportArgumentType]
+        options=ComputeOptions(impl=impl),
     )
     loss.backward()
     assert torch.isfinite(loss)
@@ -215,7 +218,7 @@ def test_ignored_tokens_may_hold_anything(impl: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("layout", ["transposed weight", "strided rows", "expanded hidden", "offset weight"])
-def test_layouts(impl: str, layout: str, device: torch.device) -> None:
+def test_layouts(impl: Impl, layout: str, device: torch.device) -> None:
     """Strides are read, not assumed; inputs are left as they were."""
     problem = make_problem(20, 24, 67, device=device)
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
@@ -236,7 +239,7 @@ def test_layouts(impl: str, layout: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     "wanted", [c for n in range(4) for c in itertools.combinations(("hidden", "weight", "bias"), n)]
 )
-def test_frozen_inputs(impl: str, wanted: tuple[str, ...], device: torch.device) -> None:
+def test_frozen_inputs(impl: Impl, wanted: tuple[str, ...], device: torch.device) -> None:
     problem = make_problem(20, 16, 67, device=device)
     for name in {"hidden", "weight", "bias"} - set(wanted):
         getattr(problem, name).requires_grad_(False)
@@ -246,12 +249,12 @@ def test_frozen_inputs(impl: str, wanted: tuple[str, ...], device: torch.device)
         problem.target,
         linear_bias=problem.bias,
         reduction="none",
-        options=ComputeOptions(impl=impl),  # pyright: ignore[reportArgumentType]
+        options=ComputeOptions(impl=impl),
     )
     assert loss.requires_grad == bool(wanted)
+    exact = full_logits_results(make_problem(20, 16, 67, device=device).to(torch.float64))
     if wanted:
         loss.backward(problem.upstream)
-        exact = full_logits_results(make_problem(20, 16, 67, device=device).to(torch.float64))
     for name in ("hidden", "weight", "bias"):
         grad = getattr(problem, name).grad
         assert (grad is not None) == (name in wanted)
@@ -259,7 +262,7 @@ def test_frozen_inputs(impl: str, wanted: tuple[str, ...], device: torch.device)
             assert max_error(grad, getattr(exact, "d" + name)) < 1e-5
 
 
-def test_backward_twice_gives_the_same_bits(impl: str, device: torch.device) -> None:
+def test_backward_twice_gives_the_same_bits(impl: Impl, device: torch.device) -> None:
     problem = make_problem(50, 16, 131, dtype=torch.float16, device=device)
     first, second = run(problem, impl), run(problem, impl)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
@@ -274,6 +277,7 @@ def test_float64_gradients_by_finite_differences() -> None:
     def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy(hidden, weight, problem.target, linear_bias=bias, reduction="none")
 
+    assert problem.bias is not None
     assert torch.autograd.gradcheck(loss, (problem.hidden, problem.weight, problem.bias))
 
 

@@ -1,4 +1,4 @@
-"""What is built holds the kernels and runs, whichever way it is built: a backend once dropped the symlink in silence."""
+"""What is built holds the kernels and runs, whichever way it is built: some backends drop a symlink in silence."""
 
 import subprocess
 import sys

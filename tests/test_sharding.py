@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
 from vocab_parallel_fused import VocabShard
 from vocab_parallel_fused.testing import run_on_ranks
@@ -30,8 +31,8 @@ def test_local_rows() -> None:
     assert VocabShard(4, 4, 10).local_rows(ids).tolist() == [-1] * 9
 
 
-def even_shard(group: object, vocab_size: int) -> VocabShard:
-    return VocabShard.even(vocab_size, group)  # pyright: ignore[reportArgumentType]
+def even_shard(group: ProcessGroup, vocab_size: int) -> VocabShard:
+    return VocabShard.even(vocab_size, group)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])

@@ -67,7 +67,7 @@ class _TokenStatsFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_lse: Tensor, grad_target_logit: Tensor, _grad_owners: Tensor
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan

@@ -33,8 +33,8 @@ def resolve_group(group: Group | Any) -> ProcessGroup | None:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"group must be a one-dimensional DeviceMesh, got one with dimensions {group.mesh_dim_names or group.ndim}; "
-                "pass mesh['name of the tensor-parallel dimension']"
+                "group must be a one-dimensional DeviceMesh, got one with dimensions "
+                f"{group.mesh_dim_names or group.ndim}; pass mesh['name of the tensor-parallel dimension']"
             )
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:

@@ -1,6 +1,6 @@
 """The public functions: check the arguments, flatten them, apply the autograd function, reduce the loss."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ def linear_cross_entropy(
             as :func:`torch.nn.functional.linear` would.
         target: ``(*)`` int64 global class ids of all tokens, the same on every rank.
         linear_bias: ``(V_local,)`` bias of the local rows, in ``input``'s dtype.
-        reduction: ``"none"``: one loss per token, shaped like ``target``; ``"sum"``; ``"mean"`` over the tokens that are
-            not ignored.
+        reduction: ``"none"``: one loss per token, shaped like ``target``; ``"sum"``; ``"mean"`` over the tokens that
+            are not ignored.
         ignore_index: tokens with this target have loss 0 and no gradient.
         group: process group or one-dimensional device mesh over which the vocabulary is sharded. None: one rank that
             holds all rows.
@@ -110,33 +110,37 @@ def _token_stats(
     if not isinstance(sequence_parallel, bool):
         raise TypeError(f"sequence_parallel must be a bool, got {sequence_parallel!r}")
     process_group = resolve_group(group)
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    _check_tensors(input, linear_weight, target, linear_bias)
+    hidden, weight, bias = _autocast(input, linear_weight, linear_bias)
+    _check_tensors(hidden, weight, target, bias)
     rank, world_size = rank_and_size(process_group)
-    _check_token_counts(input, target, world_size if sequence_parallel else 1)
-    shard = _resolve_shard(shard, linear_weight, rank, world_size)
-    kernels = select_kernels(options.impl, input)
+    _check_token_counts(hidden, target, world_size if sequence_parallel else 1)
+    shard = _resolve_shard(shard, weight, rank, world_size)
+    kernels = select_kernels(options.impl, hidden)
 
     target = target.reshape(-1)
     valid = target != ignore_index
     _check_target_range(target, valid, shard.vocab_size)
     workspace_bytes = options.workspace_bytes
     if workspace_bytes is None:
-        workspace_bytes = _WORKSPACE_BYTES_CPU if input.device.type == "cpu" else _WORKSPACE_BYTES_ACCELERATOR
+        workspace_bytes = _WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else _WORKSPACE_BYTES_ACCELERATOR
     plan = Plan(shard, process_group, sequence_parallel, kernels, workspace_bytes, options.combine)
-    stats = token_stats(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, target, plan)
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    stats = token_stats(tokens, weight, bias, target, plan)  # pyright: ignore[reportCallIssue]
     _check_owners(stats.owners, target, valid)
     return stats, valid
 
 
-def _autocast(*tensors: Tensor | None) -> tuple:
-    """Cast as torch's autocast does for a linear layer, if it is on for the device of the first tensor."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
-    if device is None or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float16, torch.bfloat16, torch.float32)  # autocast leaves fp64 alone
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+def _autocast(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as torch's autocast does for a linear layer, if it is on for the input's device."""
+    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+        return input, linear_weight, linear_bias
+    dtype = torch.get_autocast_dtype(input.device.type)
+
+    def cast(tensor: Any) -> Any:
+        # Autocast leaves fp64 alone.
+        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _DTYPES[:3] else tensor
+
+    return cast(input), cast(linear_weight), cast(linear_bias)
 
 
 def _check_tensors(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> None:
@@ -176,7 +180,8 @@ def _check_token_counts(input: Tensor, target: Tensor, num_parts: int) -> None:
     if tuple(target.shape) != expected:
         reason = f" ({num_parts} ranks with sequence_parallel)" if num_parts > 1 else ""
         raise ValueError(
-            f"target must have shape {expected} for input of shape {tuple(input.shape)}{reason}, got {tuple(target.shape)}"
+            f"target must have shape {expected} for input of shape {tuple(input.shape)}{reason}, "
+            f"got {tuple(target.shape)}"
         )
 
 
@@ -213,7 +218,7 @@ def _check_owners(owners: Tensor, target: Tensor, valid: Tensor) -> None:
     """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary."""
     good = (owners == 1) | ~valid
     if target.device.type != "cpu":
-        torch._assert_async(
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             good.all(), "a target is not in [0, vocab_size), or the shards do not cover it exactly once"
         )
         return

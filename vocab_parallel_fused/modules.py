@@ -99,7 +99,7 @@ class VocabParallelLinearCrossEntropy(nn.Module):
                 self.bias[first - start : last - start] = drawn[:, -1].to(self.bias.dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``; see :func:`~vocab_parallel_fused.linear_cross_entropy`."""
+        """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``, both as in the function."""
         return linear_cross_entropy(
             input, self.weight, target, linear_bias=self.bias, group=self.group, shard=self.shard, **self.loss
         )

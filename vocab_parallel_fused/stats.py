@@ -1,4 +1,4 @@
-"""Per-token statistics: how those of parts of the vocabulary merge, and the losses they give. Pure PyTorch on [T] vectors.
+"""Per-token statistics: how those of parts of the vocabulary merge, and the losses they give: PyTorch on [T].
 
 The statistics of a part of the vocabulary and those of the whole have one form, so a tile, a shard and the full
 vocabulary are all described by a :class:`TokenStats`, and merging is associative.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """What the loss needs to know of a part of the vocabulary, for each of ``T`` tokens; fp32, or fp64 for fp64 inputs."""
+    """What the loss needs to know of a part of the vocabulary for each of ``T`` tokens, in fp32 (fp64 for fp64)."""
 
     lse: Tensor
     """[T] ``log Σ_j exp(z_j)`` over the part; −inf where the part is empty."""
@@ -20,7 +20,7 @@ class TokenStats(NamedTuple):
     """[T] ``z_y`` where the part holds the target row ``y``, else 0."""
 
     owners: Tensor
-    """[T] how many shards of the part hold the target row: 0 or 1 on one rank, and 1 overall if shards tile the vocabulary."""
+    """[T] how many shards of the part hold the target row: 0 or 1 on a rank, 1 overall if they tile the vocabulary."""
 
 
 def merge_stats(parts: Tensor) -> TokenStats:

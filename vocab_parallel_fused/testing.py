@@ -1,4 +1,4 @@
-"""What a test of a vocabulary-parallel loss needs: problems, an oracle, an error budget, ranks, and a measure of memory."""
+"""What tests of a vocabulary-parallel loss need: problems, an oracle, an error budget, ranks, a measure of memory."""
 
 import functools
 import multiprocessing
@@ -39,8 +39,12 @@ class Problem(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same numbers in another precision; fresh leaves that require gradients."""
-        parameters = (None if p is None else p.detach().to(dtype).requires_grad_() for p in self[:3])
-        return Problem(*parameters, self.target, self.upstream)
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype).requires_grad_()
+
+        bias = None if self.bias is None else leaf(self.bias)
+        return self._replace(hidden=leaf(self.hidden), weight=leaf(self.weight), bias=bias)
 
 
 class Results(NamedTuple):
@@ -316,7 +320,7 @@ def _rank_main(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, world_size),
+            init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
