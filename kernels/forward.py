@@ -30,10 +30,10 @@ from vocab_parallel_fused.kernels.tiles import (
 )
 from vocab_parallel_fused.stats import TokenStats
 
-_PARTIAL_BYTES = 4 * 2**20  # some thousand programs a launch: its last, unfilled wave of processors costs little
+_PARTIAL_BYTES = 8 * 2**20  # 16384 tiles a launch: its last, unfilled wave of processors costs little
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
 _TARGET_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "num_stages": 4}
-_MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64}
+_MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_P": 16}
 
 
 @triton.jit
@@ -99,20 +99,30 @@ def partial_lse_kernel(
 @triton.jit
 def merge_partials_kernel(
     partial_lse_ptr,  # [num_partials, T]
-    lse_ptr,  # [T] in, out
+    lse_ptr,  # [T] in unless FIRST, out
     num_partials,
     T,
+    FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_p = tl.arange(0, BLOCK_P)
     mask_t = offs_t < T
-    running_max = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
+    running_max = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
+    if not FIRST:
+        running_max = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
     sum_exp = tl.where(running_max == -float("inf"), 0.0, 1.0)
-    for partial in range(num_partials):
-        lse = tl.load(partial_lse_ptr + tl.cast(partial, tl.int64) * T + offs_t, mask=mask_t, other=0.0)
-        new_max = tl.maximum(running_max, lse)
+    for first in range(0, num_partials, BLOCK_P):
+        partials = first + offs_p
+        lse = tl.load(
+            partial_lse_ptr + partials.to(tl.int64)[:, None] * T + offs_t[None, :],
+            mask=(partials < num_partials)[:, None] & mask_t[None, :],
+            other=-float("inf"),
+        )
+        new_max = tl.maximum(running_max, tl.max(lse, axis=0))
         finite = tl.where(new_max == -float("inf"), 0.0, new_max)
-        sum_exp = sum_exp * tl.exp(running_max - finite) + tl.exp(lse - finite)
+        sum_exp = sum_exp * tl.exp(running_max - finite) + tl.sum(tl.exp(lse - finite[None, :]), axis=0)
         running_max = new_max
     tl.store(lse_ptr + offs_t, tl.maximum(running_max + tl.log(sum_exp), running_max), mask=mask_t)
 
@@ -124,7 +134,8 @@ def target_logit_kernel(
     bias_ptr,  # [V]
     target_row_ptr,  # [T] int64, −1: not in this shard
     lse_ptr,  # [T] in, out
-    target_logit_ptr,  # [T] out, written where the target is in this shard
+    target_logit_ptr,  # [T] out, 0 where the target is not in this shard
+    owners_ptr,  # [T] out, 1 or 0
     T,
     H,
     stride_hidden_t,
@@ -165,21 +176,21 @@ def target_logit_kernel(
         target_logit += tl.load(bias_ptr + rows_v, mask=owned, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + offs_t, mask=owned, other=0.0)
     tl.store(lse_ptr + offs_t, tl.maximum(lse, target_logit), mask=owned)
-    tl.store(target_logit_ptr + offs_t, target_logit, mask=owned)
+    tl.store(target_logit_ptr + offs_t, tl.where(owned, target_logit, 0.0), mask=mask_t)
+    tl.store(owners_ptr + offs_t, owned.to(tl.float32), mask=mask_t)
 
 
 def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor) -> TokenStats:
     """As ``eager.local_stats``."""
     T, V = hidden.shape[0], weight.shape[0]
-    owners = (target_row >= 0).to(torch.float32)
-    stats = TokenStats(torch.full_like(owners, -torch.inf), torch.zeros_like(owners), owners)
+    stats = TokenStats(*hidden.new_empty(3, T, dtype=torch.float32).unbind())
     if T == 0 or V == 0:
-        return stats
+        return TokenStats(stats.lse.fill_(-torch.inf), stats.target_logit.zero_(), stats.owners.zero_())
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype)
     num_tiles = -(-V // tile.block_v)
     chunk_tiles = min(num_tiles, max(1, _PARTIAL_BYTES // (4 * T)))
-    partial_lse = owners.new_empty(chunk_tiles, T)
+    partial_lse = stats.lse.new_empty(chunk_tiles, T)
     for first_tile in range(0, num_tiles, chunk_tiles):
         chunk = min(chunk_tiles, num_tiles - first_tile)
         rows = slice(first_tile * tile.block_v, (first_tile + chunk) * tile.block_v)
@@ -188,10 +199,10 @@ def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row:
             **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], arch, tile),
         )
         merge_partials_kernel[(triton.cdiv(T, _MERGE_LAUNCH["BLOCK_T"]),)](
-            partial_lse, stats.lse, chunk, T, **_MERGE_LAUNCH
+            partial_lse, stats.lse, chunk, T, **{"FIRST": first_tile == 0, **_MERGE_LAUNCH}
         )
     constants: dict[str, Any] = {
-        "BLOCK_H": tile.block_h,
+        "BLOCK_H": 2 * tile.block_h,
         "HAS_BIAS": bias is not None,
         "PRECISION": product_precision(hidden.dtype),
     }
@@ -200,8 +211,7 @@ def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row:
         weight,
         bias,
         target_row,
-        stats.lse,
-        stats.target_logit,
+        *stats,
         T,
         hidden.shape[1],
         hidden.stride(0),

@@ -1,11 +1,15 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is first imported."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from vocab_parallel_fused.options import Impl
+if TYPE_CHECKING:
+    from vocab_parallel_fused.options import Impl
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -81,7 +81,7 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
                 build(forward.target_logit_kernel, types, small | {"BLOCK_T": 64}, {"num_stages": 4}, about)
         types = {"dlogits_ptr": f"*{element}", "target_row_ptr": "*i64"}
         build(backward.target_dlogits_kernel, types, {"BLOCK_T": 128}, {}, "")
-    build(forward.merge_partials_kernel, {}, {"BLOCK_T": 64}, {}, "")
+    build(forward.merge_partials_kernel, {}, {"FIRST": False, "BLOCK_T": 64, "BLOCK_P": 16}, {}, "")
     return report
 
 

@@ -37,6 +37,6 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     if not on_gpu and not tiles.INTERPRETED:
         raise ValueError(
             f"input must be on a CUDA or ROCm device for impl='triton', got {input.device} "
-            "(TRITON_INTERPRET=1, set before the first use, runs Triton on the CPU)"
+            "(TRITON_INTERPRET=1 in the environment of a new process runs Triton on the CPU)"
         )
     return Kernels(forward.local_stats, backward.local_grads)

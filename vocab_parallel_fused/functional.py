@@ -216,7 +216,7 @@ def _check_target_range(target: Tensor, valid: Tensor, vocab_size: int) -> None:
 
 def _check_owners(owners: Tensor, target: Tensor, valid: Tensor) -> None:
     """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary."""
-    good = (owners == 1) | ~valid
+    good = torch.where(valid, owners == 1, True)
     if target.device.type != "cpu":
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             good.all(), "a target is not in [0, vocab_size), or the shards do not cover it exactly once"

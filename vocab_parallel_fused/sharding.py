@@ -52,7 +52,7 @@ class VocabShard:
     def local_rows(self, target: Tensor) -> Tensor:
         """Map global class ids to row numbers of this shard, −1 for ids that it does not hold."""
         row = target - self.start
-        return row.where((row >= 0) & (row < self.num_valid_rows), -1)
+        return row.where(row == row.clamp(0, self.num_valid_rows - 1), -1)
 
     @classmethod
     def even(cls, vocab_size: int, group: Group) -> VocabShard:

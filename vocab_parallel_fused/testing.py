@@ -1,5 +1,6 @@
 """What tests of a vocabulary-parallel loss need: problems, an oracle, an error budget, ranks, a measure of memory."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -288,18 +289,19 @@ def run_on_ranks(fn: Callable[..., R], world_size: int, *args: Any, timeout: flo
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
-                target=_rank_main, args=(sender, f"{folder}/store", rank, world_size, timeout, fn, args), daemon=True
+                target=_rank_main, args=(theirs, f"{folder}/store", rank, world_size, timeout, fn, args), daemon=True
             )
             process.start()
-            sender.close()
-            pipes.append(receiver)
+            theirs.close()
+            pipes.append(ours)
             processes.append(process)
         try:
             return _collect(pipes, timeout)
         finally:
-            for process in processes:
+            for pipe, process in zip(pipes, processes, strict=True):
+                pipe.close()
                 process.kill()
                 process.join()
 
@@ -313,7 +315,7 @@ def _fork_server() -> Any:
 
 
 def _rank_main(
-    sender: Connection, store: str, rank: int, world_size: int, timeout: float, fn: Callable[..., Any], args: tuple
+    pipe: Connection, store: str, rank: int, world_size: int, timeout: float, fn: Callable[..., Any], args: tuple
 ) -> None:
     try:
         torch.set_num_threads(1)
@@ -329,10 +331,10 @@ def _rank_main(
     except BaseException:
         answer = (False, traceback.format_exc())
     # As bytes: a tensor sent as such would be shared memory that ends with this process.
-    sender.send_bytes(pickle.dumps(answer))
-    sender.close()
-    if dist.is_initialized() and answer[0]:
-        dist.destroy_process_group()
+    pipe.send_bytes(pickle.dumps(answer))
+    # Other ranks may still be talking to this one, so it ends when the caller has heard from all.
+    with contextlib.suppress(EOFError):
+        pipe.recv_bytes()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
