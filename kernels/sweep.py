@@ -29,10 +29,11 @@ class DlogitsCoefficients(NamedTuple):
 
 
 def even_block(total: int, largest: int, tile: int) -> int:
-    """A multiple of ``tile`` that cuts ``total`` into nearly equal blocks: at most ``largest``, at least one tile."""
-    largest = max(tile, largest // tile * tile)
-    num_blocks = max(1, -(-total // largest))
-    return max(tile, -(-total // (num_blocks * tile)) * tile)
+    """A multiple of ``tile`` that cuts ``total`` into nearly equal blocks: at most ``largest`` rounded up to it."""
+    num_tiles = max(1, -(-total // tile))
+    tiles_per_block = num_tiles if largest >= total else max(1, largest // tile)
+    num_blocks = -(-num_tiles // tiles_per_block)
+    return -(-num_tiles // num_blocks) * tile
 
 
 def _slices(total: int, block: int) -> Iterator[slice]:

@@ -81,7 +81,7 @@ def main() -> int:
                 )
         if context.rank == 0:
             device = torch.cuda.get_device_name() if on_gpu else "CPU"
-            console = Console(width=160)
+            console = Console(width=180)
             console.print(f"{context.world_size} rank(s), {device}, torch {torch.__version__}; error / budget")
             console.print(table)
             console.print(

@@ -58,6 +58,12 @@ def test_any_workspace(impl: Impl, dtype: torch.dtype, workspace_bytes: int, dev
     assert_matches_full_logits(problem, run(problem, impl, workspace_bytes=workspace_bytes))
 
 
+def test_the_gradient_of_hidden_is_accumulated_in_fp32(impl: Impl, device: torch.device) -> None:
+    """Sixty-four blocks of rows added in bf16 would lose several units; a published implementation diverged from it."""
+    problem = make_problem(4, 16, 2048, dtype=torch.bfloat16, bias=False, device=device)
+    assert_matches_full_logits(problem, run(problem, impl, workspace_bytes=1))
+
+
 def test_without_bias(impl: Impl, device: torch.device) -> None:
     problem = make_problem(20, 24, 70, bias=False, device=device)
     assert_matches_full_logits(problem, run(problem, impl))
