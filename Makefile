@@ -1,11 +1,13 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two ranks: over gloo without GPUs, over NCCL with two of them. A single GPU has room for one rank.
+DEMO_RANKS = $$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python launch/demo.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) launch/demo.py
 
 test: .venv/installed
 	$(BIN)/pytest

@@ -64,7 +64,6 @@ def distributed() -> Iterator[Context]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield Context(rank, world_size, local_rank, device, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    yield Context(rank, world_size, local_rank, device, dist.group.WORLD)
+    # Not after an error: NCCL could wait for ranks that did not have it, and the launcher for this one to end.
+    dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""launch/demo.py, as a user runs it, with a small vocabulary and few steps."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import demo
+import pytest
+import torch
+from demo_report import TOLERANCE, Comparison, Run
+from torch import Tensor
+
+from vocab_parallel_fused import VocabParallelLinearCrossEntropy
+
+ROOT = Path(__file__).parent.parent
+RANKS = 1 if torch.cuda.device_count() == 1 else 2
+VOCAB_SIZE = 1025  # uneven on two ranks
+
+
+def test_runs_on_ranks(tmp_path: Path) -> None:
+    picture = tmp_path / "folder" / "demo.png"
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
+            *(ROOT / "launch" / "demo.py", "--steps=3", f"--vocab-size={VOCAB_SIZE}", f"--output={picture}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = {
+        cells[0]: cells[1:]
+        for cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in run.stdout.splitlines())
+        if len(cells) == 3
+    }
+    local_rows = -(-VOCAB_SIZE // RANKS)
+    assert rows["vocabulary rows per rank"] == [f"{VOCAB_SIZE:,}", f"{local_rows:,}"]
+    assert rows["logits stored per rank"] == ["4.0 MiB", "none"]
+    assert rows["logits avoided per rank"] == ["none", f"{1024 * local_rows * 4 / 2**20:.1f} MiB"]
+    full, sharded = (float(cell.removesuffix(" MiB")) for cell in rows["peak memory of the loss"])
+    assert sharded < full
+    assert all(float(cell.replace(",", "")) > 0 for cell in rows["tokens/s"])
+    assert float(rows["largest difference in 3 steps"][1]) <= TOLERANCE
+    assert str(picture) in run.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_fails_if_the_sharded_head_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(VocabParallelLinearCrossEntropy):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return 1.0001 * super().forward(input, target)
+
+    monkeypatch.setattr(demo, "VocabParallelLinearCrossEntropy", Wrong)
+    with pytest.raises(SystemExit, match="The loss curves part"):
+        demo.main(["--steps=2", f"--vocab-size={VOCAB_SIZE}", f"--output={tmp_path / 'demo.png'}"])
+    assert "largest difference in 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("losses", "agree"),
+    [
+        ([7.0, 6.0], True),
+        ([7.0, 6.0 + TOLERANCE / 2], True),
+        ([7.0, 6.0 - 2 * TOLERANCE], False),
+        ([7.0, float("nan")], False),
+        ([float("nan"), 6.0], False),
+    ],
+)
+def test_verdict(losses: list[float], agree: bool) -> None:
+    full = Run("full", [7.0, 6.0], num_tokens=1, tokens_per_second=1.0, vocab_rows=1, peak_bytes=1)
+    assert Comparison("", full, replace(full, losses=losses)).curves_agree == agree
+
+
+def test_too_large_a_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"vocab_size 10 cannot be reached: .* give a vocabulary of 257 tokens"):
+        demo.load_text(10)
