@@ -7,6 +7,7 @@ from pathlib import Path
 
 import demo
 import pytest
+import text
 import torch
 from demo_report import TOLERANCE, Comparison, Run
 from torch import Tensor
@@ -76,6 +77,7 @@ def test_verdict(losses: list[float], agree: bool) -> None:
     assert Comparison("", full, replace(full, losses=losses)).curves_agree == agree
 
 
-def test_too_large_a_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"vocab_size 10 cannot be reached: .* give a vocabulary of 257 tokens"):
-        demo.load_text(10)
+def test_text_too_short_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_read_sources", lambda: ["some words"])
+    with pytest.raises(ValueError, match=r"vocab_size 1025 cannot be reached: the 1 files of .* \(10 characters\)"):
+        text.load_text(VOCAB_SIZE)

@@ -1,5 +1,6 @@
 """The op over gloo ranks: the same bits on every rank, and what full logits give in float64."""
 
+import math
 import time
 from itertools import product
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy
 from vocab_parallel_fused import collectives as vpf_collectives
 from vocab_parallel_fused.options import Combine, Impl
+from vocab_parallel_fused.stats import TokenStats
 from vocab_parallel_fused.testing import (
     Results,
     assert_within_error_budget,
@@ -121,6 +123,18 @@ def against_loss_parallel(group: ProcessGroup) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_agrees_with_loss_parallel(world_size: int) -> None:
     run_on_ranks(against_loss_parallel, world_size)
+
+
+def merge_of_nothing(group: ProcessGroup, combine: Combine) -> None:
+    """Tokens whose logits are −inf in some shards, and in all of them: the sum of no exponentials is 0, not NaN."""
+    lse = torch.tensor([2.0, -torch.inf if group.rank() else 1.0, -torch.inf])
+    merged = vpf_collectives.gather_stats(TokenStats(lse, torch.zeros(3), torch.zeros(3)), group, combine)
+    torch.testing.assert_close(merged.lse, torch.tensor([2.0 + math.log(group.size()), 1.0, -torch.inf]))
+
+
+@pytest.mark.parametrize("combine", ["all_gather", "all_reduce"])
+def test_merging_empty_parts(combine: Combine) -> None:
+    run_on_ranks(merge_of_nothing, 2, combine)
 
 
 def reductions_on_rank(group: ProcessGroup) -> None:
