@@ -127,6 +127,7 @@ def local_grads(
     *,
     dhidden: Tensor | None,
     dweight: Tensor | None,
+    accumulate_dweight: bool,
     dbias: Tensor | None,
     workspace_bytes: int,
 ) -> None:
@@ -169,5 +170,6 @@ def local_grads(
         largest=(hidden.shape[0], weight.shape[0]),
         dhidden=dhidden,
         dweight=dweight,
+        accumulate_dweight=accumulate_dweight,
         dbias=dbias,
     )

@@ -58,6 +58,7 @@ def local_grads(
     *,
     dhidden: Tensor | None,
     dweight: Tensor | None,
+    accumulate_dweight: bool,
     dbias: Tensor | None,
     workspace_bytes: int,
 ) -> None:
@@ -69,7 +70,8 @@ def local_grads(
         lse: ``[T]`` of the whole vocabulary, fp32.
         grad_lse, grad_target_logit: ``[T]`` upstream gradients of the two statistics, fp32.
         dhidden: ``[T, H]``, overwritten with this shard's share of the hidden states' gradient; None: not wanted.
-        dweight, dbias: ``[V, H]``, ``[V]``, overwritten; None: not wanted.
+        dweight: ``[V, H]``, overwritten, or added to if ``accumulate_dweight``; None: not wanted.
+        dbias: ``[V]``, overwritten; None: not wanted.
         workspace_bytes: memory for the tile of logit gradients and its temporaries.
     """
     del target_logit  # recomputed with its tile
@@ -95,6 +97,7 @@ def local_grads(
         largest=(_TILE_TOKENS, _TILE_ROWS),
         dhidden=dhidden,
         dweight=dweight,
+        accumulate_dweight=accumulate_dweight,
         dbias=dbias,
     )
 

@@ -53,6 +53,7 @@ def sweep_grads(
     largest: tuple[int, int],
     dhidden: Tensor | None,
     dweight: Tensor | None,
+    accumulate_dweight: bool,
     dbias: Tensor | None,
 ) -> None:
     """Write the gradients that are wanted (not None).
@@ -65,11 +66,12 @@ def sweep_grads(
         bytes_per_logit: memory for each element of a block, the implementation's temporaries included.
         workspace_bytes: memory that blocks may take. All tokens are one block if a tile of rows then fits.
         tile, largest: (tokens, rows) that a block is a multiple of, and at most. A block is at least one tile.
-        dhidden, dweight, dbias: ``[T, H]``, ``[V, H]``, ``[V]``, overwritten.
+        dhidden, dweight, dbias: ``[T, H]``, ``[V, H]``, ``[V]``, overwritten; ``dweight`` is added to instead if
+            ``accumulate_dweight``.
     """
     (T, H), V = hidden.shape, weight.shape[0]
     if T == 0 or V == 0:
-        for grad in (dhidden, dweight, dbias):
+        for grad in (dhidden, None if accumulate_dweight else dweight, dbias):
             if grad is not None:
                 grad.zero_()
         return
@@ -79,16 +81,25 @@ def sweep_grads(
         coefficients, unscale = _scale_to_unit(coefficients)
 
     block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
-    # One GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory.
-    direct = dweight is not None and unscale is None and dweight.dtype == dlogits_dtype and block_t >= T
-    bytes_per_row = block_t * bytes_per_logit + (0 if direct or dweight is None else H * dtype.itemsize)
+    # A GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs its own memory,
+    # unless dweight is as precise.
+    dweight_takes_sum = (
+        dweight is not None
+        and unscale is None
+        and (dweight.dtype == dtype or (dweight.dtype == dlogits_dtype and block_t >= T and not accumulate_dweight))
+    )
+    bytes_per_row = block_t * bytes_per_logit + (0 if dweight_takes_sum or dweight is None else H * dtype.itemsize)
     block_v = even_block(V, min(largest[1], workspace_bytes // bytes_per_row), tile[1])
 
     workspace = hidden.new_empty(block_t, block_v, dtype=dlogits_dtype)
-    dhidden_sum = None if dhidden is None else _accumulator(dhidden, dtype)
+    dhidden_sum = dhidden
+    if dhidden is not None and dhidden.dtype != dtype:
+        dhidden_sum = torch.empty(T, H, dtype=dtype, device=dhidden.device)
     for rows in _slices(V, block_v):
         dweight_rows = None if dweight is None else dweight[rows]
-        dweight_sum = dweight_rows if dweight_rows is None or direct else _accumulator(dweight_rows, dtype)
+        dweight_sum = dweight_rows
+        if dweight_rows is not None and not dweight_takes_sum:
+            dweight_sum = torch.empty(dweight_rows.shape, dtype=dtype, device=dweight_rows.device)
         dbias_sum = None if dbias is None else dbias.new_zeros(rows.stop - rows.start, dtype=dtype)
         for tokens in _slices(T, block_t):
             dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
@@ -96,10 +107,11 @@ def sweep_grads(
             if dhidden_sum is not None:
                 _matmul_into(dhidden_sum[tokens], dlogits, weight[rows], accumulate=rows.start > 0)
             if dweight_sum is not None:
-                _matmul_into(dweight_sum, dlogits.t(), hidden[tokens], accumulate=tokens.start > 0)
+                accumulate = tokens.start > 0 or (accumulate_dweight and dweight_takes_sum)
+                _matmul_into(dweight_sum, dlogits.t(), hidden[tokens], accumulate=accumulate)
             if dbias_sum is not None:
                 dbias_sum += dlogits.sum(dim=0, dtype=dtype)
-        _finish(dweight_rows, dweight_sum, unscale)
+        _finish(dweight_rows, dweight_sum, unscale, accumulate=accumulate_dweight)
         _finish(None if dbias is None else dbias[rows], dbias_sum, unscale)
     _finish(dhidden, dhidden_sum, unscale)
 
@@ -118,19 +130,14 @@ def _scale_to_unit(coefficients: DlogitsCoefficients) -> tuple[DlogitsCoefficien
     return DlogitsCoefficients(*(coefficient / unscale for coefficient in coefficients)), unscale
 
 
-def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where ``out`` is summed: in ``out`` itself if its precision suffices, else in memory of its shape."""
-    return out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
-
-
-def _finish(out: Tensor | None, total: Tensor | None, unscale: Tensor | None) -> None:
-    """Round a finished sum into ``out``, undoing the scale."""
+def _finish(out: Tensor | None, total: Tensor | None, unscale: Tensor | None, *, accumulate: bool = False) -> None:
+    """Round a finished sum into ``out``, or add it, undoing the scale; nothing is left if ``out`` took the sum."""
     if out is None or total is None:
         return
     if unscale is not None:
         total *= unscale
     if total is not out:
-        out.copy_(total)
+        out.add_(total) if accumulate else out.copy_(total)
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:

@@ -13,6 +13,15 @@ from vocab_parallel_fused.testing import run_on_ranks
 HIDDEN, WEIGHT, TARGET = torch.randn(6, 8), torch.randn(10, 8), torch.arange(6)
 
 
+ACCUMULATE = ComputeOptions(accumulate_main_grad=True)
+
+
+def with_main_grad(weight: Any) -> torch.Tensor:
+    """A weight whose main_grad has its own dtype."""
+    weight.main_grad = torch.zeros_like(weight)
+    return weight
+
+
 def call(**changes: Any) -> None:
     linear_cross_entropy(**{"input": HIDDEN, "linear_weight": WEIGHT, "target": TARGET, **changes})
 
@@ -53,6 +62,16 @@ def call(**changes: Any) -> None:
             ValueError,
             "shard must hold the whole vocabulary on a single rank, got VocabShard",
         ),
+        (
+            {"options": ACCUMULATE},
+            ValueError,
+            r"linear_weight\.main_grad must be a tensor \(10, 8\), torch.float32 on cpu .*, got NoneType",
+        ),
+        (
+            {"linear_weight": with_main_grad(WEIGHT.half()), "input": HIDDEN.half(), "options": ACCUMULATE},
+            ValueError,
+            r"linear_weight\.main_grad must be a tensor \(10, 8\), .*, got \(10, 8\), torch.float16 on cpu",
+        ),
         ({"options": {"impl": "eager"}}, TypeError, "options must be a ComputeOptions or None, got dict"),
         (
             {"input": HIDDEN.double(), "linear_weight": WEIGHT.double(), "options": ComputeOptions(impl="triton")},
@@ -90,6 +109,7 @@ def test_triton_that_is_missing_never_falls_back(monkeypatch: pytest.MonkeyPatch
         ({"combine": "ring"}, r"combine must be one of \('all_gather', 'all_reduce'\), got 'ring'"),
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive int or None, got 0"),
         ({"workspace_bytes": 1.5}, r"workspace_bytes must be a positive int or None, got 1\.5"),
+        ({"accumulate_main_grad": 1}, "accumulate_main_grad must be a bool, got 1"),
         ({"workspace_bytes": True}, "workspace_bytes must be a positive int or None, got True"),
     ],
 )

@@ -268,6 +268,30 @@ def test_frozen_inputs(impl: Impl, wanted: tuple[str, ...], device: torch.device
             assert max_error(grad, getattr(exact, "d" + name)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace_bytes", [1, 20000])
+def test_accumulates_into_main_grad(impl: Impl, dtype: torch.dtype, workspace_bytes: int, device: torch.device) -> None:
+    """Two micro-batches add up in fp32, with what was there before; the weight's own grad stays None."""
+    before = torch.randn(131, 24, generator=torch.Generator().manual_seed(7)).to(device)
+    first, second = (make_problem(75, 24, 131, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    weight: Any = first.weight
+    weight.main_grad = before.clone()
+    options = ComputeOptions(impl=impl, workspace_bytes=workspace_bytes, accumulate_main_grad=True)
+    exact = before.double()
+    budget = 0.0
+    for problem in (first, second._replace(weight=weight)):
+        loss = linear_cross_entropy(
+            problem.hidden, weight, problem.target, linear_bias=problem.bias, reduction="none", options=options
+        )
+        loss.backward(problem.upstream)
+        of_problem = full_logits_results(problem.to(torch.float64)).dweight
+        exact = exact + of_problem
+        # Rounding the logits' gradients is the only rounding to the inputs' dtype.
+        budget += 2 * torch.finfo(dtype).eps / 2 * float(of_problem.abs().max()) + 16 * 2**-23
+    assert weight.grad is None
+    assert (weight.main_grad.double() - exact).abs().max() <= budget
+
+
 def test_backward_twice_gives_the_same_bits(impl: Impl, device: torch.device) -> None:
     problem = make_problem(50, 16, 131, dtype=torch.float16, device=device)
     first, second = run(problem, impl), run(problem, impl)

@@ -42,6 +42,7 @@ class Plan:
     kernels: Kernels
     workspace_bytes: int
     combine: str
+    main_grad: Tensor | None  # [V_local, H] fp32, takes dweight instead of the weight's grad
 
     def gather_hidden(self, hidden: Tensor) -> Tensor:
         return gather_hidden(hidden, self.group) if self.sequence_parallel else hidden
@@ -78,7 +79,9 @@ class _TokenStatsFunction(Function):
         rows = plan.shard.num_valid_rows
         full_hidden = plan.gather_hidden(hidden)
         dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-        dweight = _empty_grad(weight, rows) if needs_weight else None
+        dweight = None
+        if needs_weight:
+            dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
         dbias = _empty_grad(bias, rows) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             plan.kernels.local_grads(
@@ -92,12 +95,17 @@ class _TokenStatsFunction(Function):
                 grad_target_logit,
                 dhidden=dhidden,
                 dweight=None if dweight is None else dweight[:rows],
+                accumulate_dweight=plan.main_grad is not None,
                 dbias=None if dbias is None else dbias[:rows],
                 workspace_bytes=plan.workspace_bytes,
             )
         if dhidden is not None:
             dhidden = reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel)
-        return dhidden if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None
+        if not ctx.needs_input_grad[0]:
+            dhidden = None
+        if plan.main_grad is not None:
+            dweight = None
+        return dhidden, dweight, dbias, None, None, None
 
 
 def _empty_grad(parameter: Tensor, rows: int) -> Tensor:

@@ -123,7 +123,8 @@ def _token_stats(
     workspace_bytes = options.workspace_bytes
     if workspace_bytes is None:
         workspace_bytes = _WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else _WORKSPACE_BYTES_ACCELERATOR
-    plan = Plan(shard, process_group, sequence_parallel, kernels, workspace_bytes, options.combine)
+    main_grad = _main_grad(linear_weight) if options.accumulate_main_grad else None
+    plan = Plan(shard, process_group, sequence_parallel, kernels, workspace_bytes, options.combine, main_grad)
     tokens = hidden.reshape(-1, hidden.shape[-1])
     stats = token_stats(tokens, weight, bias, target, plan)  # pyright: ignore[reportCallIssue]
     _check_owners(stats.owners, target, valid)
@@ -200,6 +201,21 @@ def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, w
     if world_size == 1 and shard.num_valid_rows != shard.vocab_size:
         raise ValueError(f"shard must hold the whole vocabulary on a single rank, got {shard}; pass group= for several")
     return shard
+
+
+def _main_grad(linear_weight: Tensor) -> Tensor:
+    """The tensor that sums the weight's gradients, for ``accumulate_main_grad``."""
+    main_grad = getattr(linear_weight, "main_grad", None)
+    expected = (linear_weight.shape, torch.float32, linear_weight.device)
+    if not isinstance(main_grad, Tensor) or (main_grad.shape, main_grad.dtype, main_grad.device) != expected:
+        got = type(main_grad).__name__
+        if isinstance(main_grad, Tensor):
+            got = f"{tuple(main_grad.shape)}, {main_grad.dtype} on {main_grad.device}"
+        raise ValueError(
+            f"linear_weight.main_grad must be a tensor {tuple(linear_weight.shape)}, torch.float32 on "
+            f"{linear_weight.device} for accumulate_main_grad, got {got}"
+        )
+    return main_grad
 
 
 def _check_target_range(target: Tensor, valid: Tensor, vocab_size: int) -> None:

@@ -37,6 +37,11 @@ class ComputeOptions:
       wherever the library's all-reduce gives all ranks the same bits, as NCCL's and gloo's do.
     """
 
+    accumulate_main_grad: bool = False
+    """Add the weight's gradient into ``linear_weight.main_grad``, an fp32 tensor of the weight's shape that the caller
+    owns, inside the matrix product that makes it. ``linear_weight.grad`` is then left alone. This is how Megatron sums
+    gradients over micro-batches; the attribute is read in the forward."""
+
     def __post_init__(self) -> None:
         if self.impl not in get_args(Impl):
             raise ValueError(f"impl must be one of {get_args(Impl)}, got {self.impl!r}")
@@ -45,3 +50,5 @@ class ComputeOptions:
         size = self.workspace_bytes
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"workspace_bytes must be a positive int or None, got {size!r}")
+        if not isinstance(self.accumulate_main_grad, bool):
+            raise ValueError(f"accumulate_main_grad must be a bool, got {self.accumulate_main_grad!r}")
