@@ -81,8 +81,8 @@ def sweep_grads(
         coefficients, unscale = _scale_to_unit(coefficients)
 
     block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
-    # A GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs its own memory,
-    # unless dweight is as precise.
+    # A GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory of
+    # its own, unless dweight is as precise.
     dweight_takes_sum = (
         dweight is not None
         and unscale is None
