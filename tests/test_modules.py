@@ -91,6 +91,16 @@ def test_a_matrix_of_neither_size_is_refused() -> None:
         head.load_state_dict({"weight": torch.zeros(V - 1, H)})
 
 
+def test_can_be_made_without_memory() -> None:
+    """Deferred initialisation: built on the meta device, given memory, then initialised as any other head."""
+    torch.manual_seed(5)
+    expected = VocabParallelLinearCrossEntropy(H, V, bias=True)
+    head = VocabParallelLinearCrossEntropy(H, V, bias=True, device="meta").to_empty(device="cpu")
+    torch.manual_seed(5)
+    head.reset_parameters()
+    assert torch.equal(head.weight, expected.weight)
+
+
 def test_is_an_ordinary_module() -> None:
     head = VocabParallelLinearCrossEntropy(H, 10, dtype=torch.bfloat16, options=ComputeOptions(impl="eager"))
     assert repr(head) == ("VocabParallelLinearCrossEntropy(in_features=6, vocab_size=10, bias=False, rows=[0, 10))")

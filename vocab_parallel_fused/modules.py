@@ -79,9 +79,12 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         """Draw ``U(−1/√H, 1/√H)``, as ``nn.Linear`` does; padding rows are zero.
 
         One number from the default generator seeds a generator per block of global rows, so every rank draws only the
-        blocks it holds a part of, and the default generators of all ranks move on alike.
+        blocks it holds a part of, and the default generators of all ranks move on alike. On the meta device nothing is
+        drawn: call this again once the parameters have memory.
         """
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        if self.weight.is_meta:
+            return
         bound = 1 / math.sqrt(self.in_features)
         self.weight.zero_()
         if self.bias is not None:
