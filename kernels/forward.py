@@ -21,6 +21,7 @@ from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.tiles import (
     LN2,
     LOG2E,
+    at_least,
     current_arch,
     logits_tile,
     operand_kwargs,
@@ -91,8 +92,7 @@ def partial_lse_kernel(
     maximum = tl.max(z, axis=1)
     reference = tl.where(maximum == -float("inf"), 0.0, maximum) * LOG2E
     sum_exp = tl.sum(tl.exp2(z * LOG2E - reference[:, None]), axis=1)
-    # No rounding may bring lse below the maximum: a log-probability is never positive.
-    lse = tl.maximum(reference * LN2 + tl.log(sum_exp), maximum)
+    lse = at_least(reference * LN2 + tl.log(sum_exp), maximum)
     tl.store(partial_lse_ptr + pid_v.to(tl.int64) * T + offs_t, lse, mask=mask_t)
 
 
@@ -124,7 +124,7 @@ def merge_partials_kernel(
         finite = tl.where(new_max == -float("inf"), 0.0, new_max)
         sum_exp = sum_exp * tl.exp(running_max - finite) + tl.sum(tl.exp(lse - finite[None, :]), axis=0)
         running_max = new_max
-    tl.store(lse_ptr + offs_t, tl.maximum(running_max + tl.log(sum_exp), running_max), mask=mask_t)
+    tl.store(lse_ptr + offs_t, at_least(running_max + tl.log(sum_exp), running_max), mask=mask_t)
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def target_logit_kernel(
     if HAS_BIAS:
         target_logit += tl.load(bias_ptr + rows_v, mask=owned, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + offs_t, mask=owned, other=0.0)
-    tl.store(lse_ptr + offs_t, tl.maximum(lse, target_logit), mask=owned)
+    tl.store(lse_ptr + offs_t, at_least(lse, target_logit), mask=owned)
     tl.store(target_logit_ptr + offs_t, tl.where(owned, target_logit, 0.0), mask=mask_t)
     tl.store(owners_ptr + offs_t, owned.to(tl.float32), mask=mask_t)
 

@@ -78,7 +78,7 @@ def sweep_grads(
     dtype = torch.promote_types(dlogits_dtype, torch.float32)
     unscale = None
     if dlogits_dtype == torch.float16:
-        coefficients, unscale = _scale_to_unit(coefficients)
+        coefficients, unscale = _scale_into_fp16(coefficients)
 
     block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
     # A GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory of
@@ -116,17 +116,18 @@ def sweep_grads(
     _finish(dhidden, dhidden_sum, unscale)
 
 
-def _scale_to_unit(coefficients: DlogitsCoefficients) -> tuple[DlogitsCoefficients, Tensor]:
-    """Scale by a power of two so that the largest coefficient is in (1/2, 1]; return also the factor that undoes it.
+def _scale_into_fp16(coefficients: DlogitsCoefficients) -> tuple[DlogitsCoefficients, Tensor]:
+    """Scale by a power of two so that the largest coefficient is in (2¹³, 2¹⁴]; return also the factor that undoes it.
 
     In fp16 the gradient of a mean over many tokens, or an upstream gradient scaled against underflow elsewhere, would
-    leave the range of the workspace. A power of two changes no bit of what stays inside it.
+    leave the range of the workspace. An element is at most the sum of its two coefficients, 2¹⁵, which fp16 still
+    holds, and so small ones keep as much of its range as there is. A power of two changes no bit of what stays inside.
     """
     largest = torch.stack(coefficients).abs().amax()
     usable = (largest > 0) & torch.isfinite(largest)
     exponent = torch.ceil(torch.log2(largest.where(usable, 1.0)))
     # fp32 holds 2^±126 as a normal number, so that neither factor is lost.
-    unscale = torch.exp2(exponent.clamp(-126, 126))
+    unscale = torch.exp2((exponent - 14).clamp(-126, 126))
     return DlogitsCoefficients(*(coefficient / unscale for coefficient in coefficients)), unscale
 
 

@@ -109,6 +109,12 @@ def rows_product(
 
 
 @triton.jit
+def at_least(lse, bound):
+    """No rounding may bring lse below a logit: a log-probability is never positive. A NaN stays one."""
+    return tl.maximum(lse, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _dot(x, w, z, PRECISION: tl.constexpr):
     if _INTERPRETED:  # the interpreter multiplies bf16 bit patterns as integers
         x = x.to(tl.float32)

@@ -1,12 +1,12 @@
 """Time the op on one GPU against the matrix products that it cannot do without.
 
     python launch/benchmark.py                     # all named shapes
-    python launch/benchmark.py --shapes llama-tp8 --dtype float16
+    python launch/benchmark.py --shapes llama-8b-tp8 --dtype float16
 
-``G`` is the time of one cuBLAS product of ``2·T·V·H`` operations: the forward needs one, and forward + backward need
-four when no logits are kept. Every round times each method once, in an order of its own, so that all see the same
-clocks and temperature and follow one another alike; the table shows medians. "Extra" is the peak of allocated memory
-above the inputs and the two gradients.
+``G`` is the time of cuBLAS for the logits, ``2·T·V·H`` operations, which the forward needs. ``4G`` is its time for the
+four products of forward + backward when no logits are kept: the logits twice, dhidden and dweight. Every round times
+each method once, in an order of its own, so that all see the same clocks and temperature and follow one another alike;
+the table shows medians. "Extra" is the peak of allocated memory above the inputs and the two gradients.
 """
 
 import argparse

@@ -117,13 +117,24 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
             same_runs = all(
                 torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None
             )
-            rows.append((Case(dtype, impl, combine, sequence_parallel), *_worst(checks, same_runs, first, context)))
+            rows.append(
+                (
+                    Case(dtype, impl, combine, sequence_parallel),
+                    *_worst(checks, same_runs, first, sequence_parallel, context),
+                )
+            )
     return rows
 
 
-def _worst(checks: list[Check], same_runs: bool, results: Results, context: Context) -> tuple[list[Check], bool]:
+def _worst(
+    checks: list[Check], same_runs: bool, results: Results, sequence_parallel: bool, context: Context
+) -> tuple[list[Check], bool]:
     """The largest error of any rank relative to its budget, and whether runs and ranks agree to the bit."""
-    digest = hashlib.sha256(results.loss.cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    # Without sequence parallelism every rank also has all of dhidden.
+    for replicated in (results.loss, *(() if sequence_parallel else (results.dhidden,))):
+        digest.update(replicated.detach().float().cpu().numpy().tobytes())
+    digest = digest.hexdigest()
     answers = [(checks, same_runs, digest)]
     if context.group is not None:
         answers *= context.world_size

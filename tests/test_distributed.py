@@ -128,7 +128,9 @@ def test_agrees_with_loss_parallel(world_size: int) -> None:
 def merge_of_nothing(group: ProcessGroup, combine: Combine) -> None:
     """Tokens whose logits are −inf in some shards, and in all of them: the sum of no exponentials is 0, not NaN."""
     lse = torch.tensor([2.0, -torch.inf if group.rank() else 1.0, -torch.inf])
-    merged = vpf_collectives.gather_stats(TokenStats(lse, torch.zeros(3), torch.zeros(3)), group, combine)
+    local = TokenStats(lse, torch.zeros(3), torch.zeros(3))
+    merged, num_classes = vpf_collectives.gather_stats(local, 5 + group.rank(), group, combine)
+    assert num_classes == 11
     torch.testing.assert_close(merged.lse, torch.tensor([2.0 + math.log(group.size()), 1.0, -torch.inf]))
 
 
@@ -298,21 +300,40 @@ def test_default_and_gathered_shards(world_size: int) -> None:
     run_on_ranks(default_shard_and_gathered_shard, world_size)
 
 
-def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]]) -> None:
+def uneven_rows_without_a_shard(group: ProcessGroup) -> None:
+    """Each rank would see another vocabulary, and the loss would be wrong without another sign."""
+    rows = 5 - group.rank()
+    with pytest.raises(
+        ValueError, match=rf"VocabShard\(.*vocab_size={2 * rows}\) where all ranks together hold 9 classes"
+    ):
+        linear_cross_entropy(torch.randn(3, H), torch.randn(rows, H), torch.tensor([5, 6, 7]), group=group)
+
+
+def test_uneven_rows_without_a_shard() -> None:
+    run_on_ranks(uneven_rows_without_a_shard, 2)
+
+
+def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]], message: str) -> None:
     """All ranks raise, and none is left waiting."""
     start, stop = bounds[group.rank()]
-    target = torch.arange(10)
-    with pytest.raises(
-        ValueError, match=r"shard must cover \[0, vocab_size\) exactly once .* (0|2) ranks hold target [45]"
-    ):
+    shard = VocabShard(start, stop, 10)
+    with pytest.raises(ValueError, match=message):
         linear_cross_entropy(
-            torch.randn(10, H), torch.randn(stop - start, H), target, group=group, shard=VocabShard(start, stop, 10)
+            torch.randn(10, H), torch.randn(shard.num_rows, H), torch.arange(10), group=group, shard=shard
         )
 
 
-@pytest.mark.parametrize("bounds", [[(0, 4), (5, 10)], [(0, 6), (5, 10)]], ids=["gap", "overlap"])
-def test_shards_that_do_not_tile_the_vocabulary(bounds: list[tuple[int, int]]) -> None:
-    run_on_ranks(bad_shards, 2, bounds)
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([(0, 4), (5, 10)], "all ranks together hold 9 classes"),
+        ([(0, 6), (5, 10)], "all ranks together hold 11 classes"),
+        ([(0, 5), (4, 9)], r"shard must cover \[0, vocab_size\) exactly once .* 2 ranks hold target 4"),
+    ],
+    ids=["gap", "overlap", "both"],
+)
+def test_shards_that_do_not_tile_the_vocabulary(bounds: list[tuple[int, int]], message: str) -> None:
+    run_on_ranks(bad_shards, 2, bounds, message)
 
 
 def bad_arguments(group: ProcessGroup) -> None:

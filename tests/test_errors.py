@@ -138,6 +138,11 @@ def test_bad_shards(bounds: tuple[int, int, int], message: str) -> None:
         VocabShard(*bounds)
 
 
+def test_bounds_of_a_shard_are_integers() -> None:
+    with pytest.raises(TypeError, match=r"shard\.stop must be an int, got 5\.5"):
+        VocabShard(0, 5.5, 10)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -147,6 +152,11 @@ def test_bad_shards(bounds: tuple[int, int, int], message: str) -> None:
             {"in_features": 4, "vocab_size": 4, "shard": VocabShard(0, 4, 3)},
             ValueError,
             r"shard\.vocab_size must be vocab_size 4, got 3",
+        ),
+        (
+            {"in_features": 4, "vocab_size": 4, "shard": (0, 4)},
+            TypeError,
+            "shard must be a VocabShard or None, got tuple",
         ),
         ({"in_features": 4, "vocab_size": 4, "label": 1}, TypeError, r"unexpected keyword arguments \['label'\]"),
     ],

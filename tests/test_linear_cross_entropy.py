@@ -141,6 +141,18 @@ def test_fp16_gradients_of_any_size(impl: Impl, scale: float, device: torch.devi
     assert (error <= 4 * 2**-11 * exact.abs().max() + 2**-25).all()
 
 
+def test_fp16_keeps_small_gradients_beside_large_ones(impl: Impl, device: torch.device) -> None:
+    """One coefficient of 1e3 must not push the others' 1e-5 below what fp16 holds."""
+    problem = make_problem(8, 16, 67, dtype=torch.float16, device=device)
+    upstream = torch.full_like(problem.upstream, 1e-5)
+    upstream[0] = 1e3
+    problem = problem._replace(upstream=upstream)
+    small = slice(1, None)
+    actual, exact = run(problem, impl).dhidden[small], full_logits_results(problem.to(torch.float64)).dhidden[small]
+    # Half the smallest subnormal number of the result itself, and 1e-3 for those of the logits' gradients.
+    assert (actual.double() - exact).abs().max() <= 2**-25 + 1e-3 * exact.abs().max()
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_reductions_and_shapes(impl: Impl, reduction: str, device: torch.device) -> None:
     problem = make_problem(24, 8, 40, device=device, ignore_index=7)
@@ -223,23 +235,33 @@ def test_ignored_tokens_may_hold_anything(impl: Impl, device: torch.device) -> N
     assert torch.isfinite(hidden.grad[problem.target != -100]).all()
 
 
-@pytest.mark.parametrize("layout", ["transposed weight", "strided rows", "expanded hidden", "offset weight"])
+@pytest.mark.parametrize(
+    "layout", ["transposed weight", "strided rows", "expanded hidden", "offset weight", "strided bias", "expanded bias"]
+)
 def test_layouts(impl: Impl, layout: str, device: torch.device) -> None:
     """Strides are read, not assumed; inputs are left as they were."""
     problem = make_problem(20, 24, 67, device=device)
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    assert problem.bias is not None
+    bias = problem.bias.detach()
     if layout == "transposed weight":
         weight = weight.t().contiguous().t()
     elif layout == "strided rows":
         hidden, weight = hidden.repeat_interleave(2, 0)[::2], weight.repeat_interleave(3, 1)[:, ::3]
     elif layout == "expanded hidden":
         hidden = hidden[:1].expand(20, 24)
+    elif layout == "strided bias":
+        bias = bias.repeat_interleave(3)[::3]
+    elif layout == "expanded bias":
+        bias = bias[:1].expand(67)
     else:  # rows whose addresses are no multiple of 16 bytes
         weight = torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(67, 24)
-    before = [t.clone() for t in (hidden, weight, problem.target)]
-    laid_out = problem._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_())
+    before = [t.clone() for t in (hidden, weight, bias, problem.target)]
+    laid_out = problem._replace(
+        hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), bias=bias.requires_grad_()
+    )
     assert_matches_full_logits(laid_out, run(laid_out, impl))
-    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, problem.target), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, bias, problem.target), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +321,24 @@ def test_backward_twice_gives_the_same_bits(impl: Impl, device: torch.device) ->
     loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
     once, twice = (torch.autograd.grad(loss, problem.weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, twice)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Gradients that look constant would make a gradient penalty vanish in silence."""
+    problem = make_problem(6, 5, 11)
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.autograd.grad(loss, problem.hidden, create_graph=True)
+
+
+def test_a_nan_is_not_hidden(impl: Impl, device: torch.device) -> None:
+    """One broken row of the weight makes every probability NaN, as in torch: hardware maxima drop a NaN."""
+    problem = make_problem(6, 16, 67, device=device)
+    weight = problem.weight.detach().clone()
+    weight[40, 3] = torch.nan
+    options = ComputeOptions(impl=impl)
+    loss = linear_cross_entropy(problem.hidden, weight, problem.target, reduction="none", options=options)
+    assert loss[problem.target != -100].isnan().all()
 
 
 def test_float64_gradients_by_finite_differences() -> None:

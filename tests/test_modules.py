@@ -1,5 +1,6 @@
 """The head that owns its shard."""
 
+import copy
 import pickle
 from collections.abc import Sequence
 
@@ -99,6 +100,40 @@ def test_can_be_made_without_memory() -> None:
     torch.manual_seed(5)
     head.reset_parameters()
     assert torch.equal(head.weight, expected.weight)
+
+
+def test_initialisation_does_not_depend_on_the_default_dtype() -> None:
+    torch.manual_seed(5)
+    expected = VocabParallelLinearCrossEntropy(H, V, dtype=torch.float32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(5)
+        head = VocabParallelLinearCrossEntropy(H, V, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(head.weight, expected.weight)
+
+
+def copy_head(group: ProcessGroup) -> None:
+    """A copy for an average of weights, or a reference model: other parameters, the same group."""
+    head = VocabParallelLinearCrossEntropy(H, 10, group=group)
+    copied = copy.deepcopy(head)
+    assert copied.group is head.group
+    assert torch.equal(copied.weight, head.weight)
+    assert copied.weight.data_ptr() != head.weight.data_ptr()
+    hidden, target = torch.ones(4, H), torch.arange(4)
+    assert torch.equal(head(hidden, target), copied(hidden, target))
+
+
+def test_deep_copies_share_the_group() -> None:
+    run_on_ranks(copy_head, 2)
+
+
+def test_an_assigned_shard_does_not_hold_the_full_matrix() -> None:
+    full = torch.randn(100, H)
+    head = VocabParallelLinearCrossEntropy(H, 100, shard=VocabShard(10, 20, 100))
+    head.load_state_dict({"weight": full}, assign=True)
+    assert head.weight.untyped_storage().nbytes() == 10 * H * 4
 
 
 def test_is_an_ordinary_module() -> None:

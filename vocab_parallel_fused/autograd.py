@@ -17,13 +17,14 @@ Steps in brackets run under sequence parallelism only. Shapes on a rank, ``T`` t
 Any loss is ordinary PyTorch on the statistics; what comes back is one upstream gradient per token and statistic.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from vocab_parallel_fused.collectives import gather_hidden, gather_stats, rank_and_size, reduce_hidden_grad
@@ -52,25 +53,27 @@ class _TokenStatsFunction(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan, anchor: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
         rows = plan.shard.num_valid_rows
         target_row = plan.shard.local_rows(target)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _local_steps(hidden):
             local = plan.kernels.local_stats(
                 plan.gather_hidden(hidden), weight[:rows], None if bias is None else bias[:rows], target_row
             )
-        stats = gather_stats(local, plan.group, plan.combine)
+        stats, num_classes = gather_stats(local, rows, plan.group, plan.combine)
         ctx.plan = plan
         ctx.save_for_backward(hidden, weight, bias, target_row, local.target_logit, stats.lse)
-        ctx.mark_non_differentiable(stats.owners)
-        return tuple(stats)
+        ctx.mark_non_differentiable(*(t for t in (stats.owners, num_classes) if t is not None))
+        return *stats, num_classes
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_lse: Tensor, grad_target_logit: Tensor, _grad_owners: Tensor
+        ctx: Any, grad_lse: Tensor, grad_target_logit: Tensor, *_grads: None
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # `once_differentiable` would return gradients that look constant, so a gradient penalty would vanish.
+            raise RuntimeError("linear_cross_entropy has no second derivative: call its backward without create_graph")
         plan: Plan = ctx.plan
         hidden, weight, bias, target_row, target_logit, lse = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -83,7 +86,7 @@ class _TokenStatsFunction(Function):
         if needs_weight:
             dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
         dbias = _empty_grad(bias, rows) if needs_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _local_steps(hidden):
             plan.kernels.local_grads(
                 full_hidden,
                 weight[:rows],
@@ -108,6 +111,13 @@ class _TokenStatsFunction(Function):
         return dhidden, dweight, dbias, None, None, None
 
 
+@contextmanager
+def _local_steps(hidden: Tensor) -> Iterator[None]:
+    """Kernels run on their tensors' device, whichever is current, and in the dtypes they are given."""
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        yield
+
+
 def _empty_grad(parameter: Tensor, rows: int) -> Tensor:
     """Memory for a gradient of which ``rows`` rows will be written; the padding after them has gradient zero."""
     grad = torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -116,12 +126,15 @@ def _empty_grad(parameter: Tensor, rows: int) -> Tensor:
 
 
 @torch.compiler.disable
-def token_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan) -> TokenStats:
-    """Differentiable statistics of the whole vocabulary for every token.
+def token_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan
+) -> tuple[TokenStats, Tensor | None]:
+    """Differentiable statistics of the whole vocabulary for every token, and how many classes the ranks hold together.
 
     With more than one rank, the result requires a gradient whenever gradients are enabled, even if nothing here does:
     a rank with frozen inputs must still take part in the backward's collectives, which the other ranks enter.
     """
     several_ranks = rank_and_size(plan.group)[1] > 1
     anchor = hidden.new_empty(0).requires_grad_() if several_ranks and torch.is_grad_enabled() else None
-    return TokenStats(*_TokenStatsFunction.apply(hidden, weight, bias, target, plan, anchor))
+    *stats, num_classes = _TokenStatsFunction.apply(hidden, weight, bias, target, plan, anchor)
+    return TokenStats(*stats), num_classes

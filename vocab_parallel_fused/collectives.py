@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -51,29 +52,38 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
-def gather_stats(local: TokenStats, group: ProcessGroup | None, combine: str) -> TokenStats:
+def gather_stats(
+    local: TokenStats, num_rows: int, group: ProcessGroup | None, combine: str
+) -> tuple[TokenStats, Tensor | None]:
     """Statistics of the whole vocabulary from those of each rank's shard: the same bits on all ranks.
 
     Args:
         local: ``[T]`` each, of this rank's shard.
+        num_rows: how many classes the shard holds. The number travels as one more token.
         combine: see :class:`~vocab_parallel_fused.ComputeOptions`.
+
+    Returns:
+        The statistics, and how many classes all shards hold, a number on the device; None for a single rank.
     """
     _, world_size = rank_and_size(group)
-    if world_size == 1 or local.lse.numel() == 0:
-        return local
+    if world_size == 1:
+        return local, None
+    packed = F.pad(torch.stack(local), (0, 1))  # [3, T + 1]
+    packed[2, -1] = num_rows
     if combine == "all_gather":
-        packed = torch.stack(local)
-        parts = packed.new_empty(world_size, *packed.shape)  # [R, 3, T]
+        parts = packed.new_empty(world_size, *packed.shape)
         _all_gather(parts.flatten(0, 1), packed, group=group)
-        return merge_stats(parts)
-    max_lse = local.lse.clone()
-    dist.all_reduce(max_lse, dist.ReduceOp.MAX, group=group)
-    # Where every shard is −inf the reference must be finite, or −inf − −inf would make a NaN.
-    reference = max_lse.masked_fill(max_lse == -torch.inf, 0.0)
-    packed = torch.stack((torch.exp(local.lse - reference), local.target_logit, local.owners))
-    dist.all_reduce(packed, group=group)
-    sum_exp, target_logit, owners = packed.unbind()
-    return TokenStats(reference + torch.log(sum_exp), target_logit, owners)
+        merged = merge_stats(parts)
+    else:
+        max_lse = packed[0].clone()
+        dist.all_reduce(max_lse, dist.ReduceOp.MAX, group=group)
+        # Where every shard is −inf the reference must be finite, or −inf − −inf would make a NaN.
+        reference = max_lse.masked_fill(max_lse == -torch.inf, 0.0)
+        packed[0] = torch.exp(packed[0] - reference)
+        dist.all_reduce(packed, group=group)
+        sum_exp, target_logit, owners = packed.unbind()
+        merged = TokenStats(reference + torch.log(sum_exp), target_logit, owners)
+    return TokenStats(*(column[:-1] for column in merged)), merged.owners[-1]
 
 
 def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:

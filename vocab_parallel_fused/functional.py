@@ -42,10 +42,11 @@ def linear_cross_entropy(
     ``linear_weight``'s and ``linear_bias``'s belong to the local rows and need no communication, ``input``'s is
     already summed over the group (so the caller must not reduce it again).
 
-    Communication: one all-gather of ``3·T`` numbers in the forward and one all-reduce of ``input``'s gradient in the
-    backward. Under sequence parallelism also one all-gather of the hidden states in each, and the all-reduce is a
+    Communication: one all-gather of ``3·(T + 1)`` numbers in the forward and one all-reduce of ``input``'s gradient in
+    the backward. Under sequence parallelism also one all-gather of the hidden states in each, and the all-reduce is a
     reduce-scatter. Extra memory: ``O(T)`` in the forward; in the backward ``options.workspace_bytes`` plus the fp32
-    accumulator of ``input``'s gradient.
+    accumulator of ``input``'s gradient. To this add the gathered hidden states under sequence parallelism, and a copy
+    of the weight where autocast changes its dtype.
 
     Args:
         input: ``(*, H)`` hidden states, the same on every rank; with ``sequence_parallel`` this rank's part of dim 0.
@@ -126,7 +127,10 @@ def _token_stats(
     main_grad = _main_grad(linear_weight) if options.accumulate_main_grad else None
     plan = Plan(shard, process_group, sequence_parallel, kernels, workspace_bytes, options.combine, main_grad)
     tokens = hidden.reshape(-1, hidden.shape[-1])
-    stats = token_stats(tokens, weight, bias, target, plan)  # pyright: ignore[reportCallIssue]
+    if bias is not None:
+        bias = bias.contiguous()
+    stats, num_classes = token_stats(tokens, weight, bias, target, plan)  # pyright: ignore[reportCallIssue]
+    _check_shards(num_classes, shard)
     _check_owners(stats.owners, target, valid)
     return stats, valid
 
@@ -228,6 +232,21 @@ def _check_target_range(target: Tensor, valid: Tensor, vocab_size: int) -> None:
                 f"target must be in [0, {vocab_size}) or ignore_index, got {int(target[position])} "
                 f"at position {position} of the flattened target"
             )
+
+
+def _check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
+    """The classes of all ranks must be as many as each of them believes: a shard left to its default may be wrong."""
+    if num_classes is None:
+        return
+    if num_classes.device.type != "cpu":
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            num_classes == shard.vocab_size, "the shards of the group do not add up to vocab_size"
+        )
+    elif num_classes != shard.vocab_size:
+        raise ValueError(
+            f"shard must be one of those that add up to its vocab_size over the group, got {shard} where all ranks "
+            f"together hold {int(num_classes)} classes"
+        )
 
 
 def _check_owners(owners: Tensor, target: Tensor, valid: Tensor) -> None:

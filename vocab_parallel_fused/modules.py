@@ -1,11 +1,12 @@
 """Modules that own this rank's rows of the vocabulary; thin layers over ``functional.py``."""
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Self, TypedDict, Unpack
 
 from vocab_parallel_fused.collectives import Group, resolve_group
 from vocab_parallel_fused.functional import Reduction, linear_cross_entropy
@@ -34,7 +35,7 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         group: process group or one-dimensional device mesh over which the vocabulary is sharded; None: one rank.
         shard: which rows this rank holds. Default: ``VocabShard.even(vocab_size, group)``.
         device, dtype: of the parameters.
-        **loss: keywords of :func:`~vocab_parallel_fused.linear_cross_entropy` for every call.
+        **loss_arguments: keywords of :func:`~vocab_parallel_fused.linear_cross_entropy` for every call.
 
     The parameters are initialised as those of :class:`torch.nn.Linear` are, block of rows by block of rows, so that
     ranks whose random number generators agree hold parts of one matrix that does not depend on how many ranks there
@@ -54,10 +55,10 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         shard: VocabShard | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **loss: Unpack[LossArguments],
+        **loss_arguments: Unpack[LossArguments],
     ) -> None:
         super().__init__()
-        unknown = set(loss) - set(LossArguments.__annotations__)
+        unknown = set(loss_arguments) - set(LossArguments.__annotations__)
         if unknown:
             raise TypeError(f"unexpected keyword arguments {sorted(unknown)}")
         if in_features < 1:
@@ -65,10 +66,12 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         self.in_features = in_features
         self.vocab_size = vocab_size
         self.group = resolve_group(group)
+        if shard is not None and not isinstance(shard, VocabShard):
+            raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}")
         self.shard = VocabShard.even(vocab_size, self.group) if shard is None else shard
         if self.shard.vocab_size != vocab_size:
             raise ValueError(f"shard.vocab_size must be vocab_size {vocab_size}, got {self.shard.vocab_size}")
-        self.loss = loss
+        self.loss_arguments = loss_arguments
         rows = self.shard.num_rows
         self.weight = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
@@ -93,7 +96,7 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         for block in range(start // _INIT_ROWS * _INIT_ROWS, stop, _INIT_ROWS):
             generator = torch.Generator(self.weight.device).manual_seed(seed + block)
             # Weight and bias in one draw of fp32, so that neither dtype nor bias changes the numbers.
-            values = torch.empty(_INIT_ROWS, self.in_features + 1, device=self.weight.device)
+            values = torch.empty(_INIT_ROWS, self.in_features + 1, dtype=torch.float32, device=self.weight.device)
             values.uniform_(-bound, bound, generator=generator)
             first, last = max(start, block), min(stop, block + _INIT_ROWS)
             drawn = values[first - block : last - block]
@@ -104,8 +107,16 @@ class VocabParallelLinearCrossEntropy(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``, both as in the function."""
         return linear_cross_entropy(
-            input, self.weight, target, linear_bias=self.bias, group=self.group, shard=self.shard, **self.loss
+            input, self.weight, target, linear_bias=self.bias, group=self.group, shard=self.shard, **self.loss_arguments
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with its own parameters, in the same group."""
+        memo[id(self.group)] = self.group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def extra_repr(self) -> str:
         return (
@@ -125,6 +136,7 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         shard = self.shard
         if value.shape[0] == shard.num_rows or value.shape[0] < shard.vocab_size:
             return value
-        rows = value[shard.start : shard.stop]
+        # A copy: the parameter may be assigned, and must not keep the full matrix alive.
+        rows = value[shard.start : shard.stop].clone()
         missing = shard.num_rows - rows.shape[0]
         return rows if missing == 0 else torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))

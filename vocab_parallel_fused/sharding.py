@@ -21,6 +21,7 @@ class VocabShard:
     Rows whose id is ``vocab_size`` or more are padding: they take no part in the softmax and get zero gradients.
 
     Raises:
+        TypeError: if one of them is no int.
         ValueError: unless ``0 <= start <= stop`` and ``vocab_size >= 1``.
     """
 
@@ -34,6 +35,10 @@ class VocabShard:
     """Number of real classes over the whole group."""
 
     def __post_init__(self) -> None:
+        for name in ("start", "stop", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"shard.{name} must be an int, got {value!r}")
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"shard must have 0 <= start <= stop, got start={self.start}, stop={self.stop}")
         if self.vocab_size < 1:
