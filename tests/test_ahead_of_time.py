@@ -63,12 +63,14 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
         for descriptors in (False, True) if has_tensor_descriptors(arch) else (False,):
             # fp16 differs from bf16 in nothing but the name of the type.
-            for has_bias in (False, True) if dtype == torch.bfloat16 else (True,):
+            for has_bias in (False, True) if dtype != torch.float16 else (True,):
                 types = {f"{name}_ptr": f"*{element}" for name in ("hidden", "weight", "bias", "dlogits")}
                 types["target_row_ptr"] = "*i64"
                 for name, rows in (("hidden", tile.block_t), ("weight", tile.block_v)):
                     types[name] = f"tensordesc<{element}[{rows},{tile.block_h}]>" if descriptors else f"*{element}"
-                constants = {**launch, "HAS_BIAS": has_bias, "USE_DESCRIPTORS": descriptors, "PRECISION": "ieee"}
+                # fp32 with tf32 products where there is a bias, without them where there is none.
+                precision = "tf32" if dtype == torch.float32 and has_bias and not arch.startswith("gfx") else "ieee"
+                constants = {**launch, "HAS_BIAS": has_bias, "USE_DESCRIPTORS": descriptors, "PRECISION": precision}
                 constants |= {"stride_hidden_h": 1, "stride_weight_h": 1}
                 if not has_bias:
                     constants["bias_ptr"] = None
@@ -78,10 +80,13 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
                 small = {
                     name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names
                 }
-                build(forward.target_logit_kernel, types, small | {"BLOCK_T": 64}, {"num_stages": 4}, about)
+                target_launch = forward._TARGET_LAUNCH.copy()
+                stages = {"num_stages": target_launch.pop("num_stages")}
+                build(forward.target_logit_kernel, types, small | target_launch, stages, about)
         types = {"dlogits_ptr": f"*{element}", "target_row_ptr": "*i64"}
-        build(backward.target_dlogits_kernel, types, {"BLOCK_T": 128}, {}, "")
-    build(forward.merge_partials_kernel, {}, {"FIRST": False, "BLOCK_T": 64, "BLOCK_P": 16}, {}, "")
+        build(backward.target_dlogits_kernel, types, backward._TARGET_LAUNCH, {}, "")
+    for first in (False, True):
+        build(forward.merge_partials_kernel, {}, {"FIRST": first, **forward._MERGE_LAUNCH}, {}, "")
     return report
 
 
