@@ -165,6 +165,33 @@ def test_reductions() -> None:
     run_on_ranks(reductions_on_rank, 2)
 
 
+def twice_on_transposed_tokens(group: ProcessGroup) -> None:
+    """As models with several heads on one weight do: [s, b, H] through a transpose, two losses in one graph."""
+    world_size, b = group.size(), 3
+    problem = make_problem(4 * world_size * b, H, V, bias=False)
+    shard = VocabShard.even(V, group)
+    whole = problem.hidden.detach().view(b, -1, H).transpose(0, 1)  # [s, b, H], not contiguous
+    targets = [target.view(b, -1).t() for target in (problem.target, problem.target.roll(1))]
+    hidden = whole.chunk(world_size)[group.rank()].requires_grad_()
+    weight = problem.weight.detach()[shard.start : shard.stop].requires_grad_()
+    arguments: Any = {"group": group, "shard": shard, "sequence_parallel": True}
+    first, second = (linear_cross_entropy(hidden, weight, target, **arguments) for target in targets)
+    (first + second).backward()
+
+    full_hidden, full_weight = whole.clone().requires_grad_(), problem.weight.detach().requires_grad_()
+    logits = (full_hidden @ full_weight.t()).flatten(0, 1)
+    (F.cross_entropy(logits, targets[0].flatten()) + F.cross_entropy(logits, targets[1].flatten())).backward()
+    assert full_hidden.grad is not None
+    assert full_weight.grad is not None
+    expected = full_hidden.grad.chunk(world_size)[group.rank()]
+    torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(weight.grad, full_weight.grad[shard.start : shard.stop], rtol=1e-4, atol=1e-7)
+
+
+def test_twice_on_transposed_tokens() -> None:
+    run_on_ranks(twice_on_transposed_tokens, 3)
+
+
 def count_collectives(group: ProcessGroup, sequence_parallel: bool, combine: Combine) -> tuple[list[str], list[str]]:
     calls: list[str] = []
 
