@@ -24,8 +24,8 @@ from vocab_parallel_fused.testing import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def run(problem: Problem, impl: Impl, **options: Any) -> Results:
-    loss = linear_cross_entropy(
+def per_token(problem: Problem, impl: Impl, **options: Any) -> torch.Tensor:
+    return linear_cross_entropy(
         problem.hidden,
         problem.weight,
         problem.target,
@@ -33,7 +33,10 @@ def run(problem: Problem, impl: Impl, **options: Any) -> Results:
         reduction="none",
         options=ComputeOptions(impl=impl, **options),
     )
-    return gradients(loss, problem)
+
+
+def run(problem: Problem, impl: Impl, **options: Any) -> Results:
+    return gradients(per_token(problem, impl, **options), problem)
 
 
 def assert_matches_full_logits(problem: Problem, actual: Results) -> None:
@@ -271,14 +274,7 @@ def test_frozen_inputs(impl: Impl, wanted: tuple[str, ...], device: torch.device
     problem = make_problem(20, 16, 67, device=device)
     for name in {"hidden", "weight", "bias"} - set(wanted):
         getattr(problem, name).requires_grad_(False)
-    loss = linear_cross_entropy(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        linear_bias=problem.bias,
-        reduction="none",
-        options=ComputeOptions(impl=impl),
-    )
+    loss = per_token(problem, impl)
     assert loss.requires_grad == bool(wanted)
     exact = full_logits_results(make_problem(20, 16, 67, device=device).to(torch.float64))
     if wanted:

@@ -240,6 +240,10 @@ class PeakBytes(TorchDispatchMode):
     """Measure the bytes of tensors made inside the block that are alive together at the worst moment.
 
     Counts every storage that an operation returns, on any device; not temporary memory inside an operation.
+
+    Attributes:
+        bytes: at the worst moment so far.
+        alive: now.
     """
 
     def __init__(self) -> None:
