@@ -39,8 +39,8 @@ class ComputeOptions:
 
     accumulate_main_grad: bool = False
     """Add the weight's gradient into ``linear_weight.main_grad``, an fp32 tensor of the weight's shape that the caller
-    owns, inside the matrix product that makes it (for float16, after it). ``linear_weight.grad`` is then left alone. This is how Megatron sums
-    gradients over micro-batches; the attribute is read in the forward."""
+    owns, inside the matrix product that makes it (for float16, after it). ``linear_weight.grad`` is then left alone.
+    This is how Megatron sums gradients over micro-batches; the attribute is read in the forward."""
 
     def __post_init__(self) -> None:
         if self.impl not in get_args(Impl):
