@@ -1,32 +1,48 @@
 """Local gradients: recompute a block of logits, turn it into logit gradients, and let two GEMMs of torch take it on.
 
-    dz_tj = exp(z_tj − lse_t) · g_lse_t + [j = y_t] · g_target_t
+    dz_tj = exp(u_tj) · (level_t + slope_t · u_tj) + grad_logit_sum_t · c_j + Σ_k [j = y_tk] · grad_target_tk
+    da_tj = dz_tj · ∂z/∂a,    u_tj = z_tj − m_t
 
-``dlogits_kernel`` writes the first term for one block of rows into the fixed workspace, in the inputs' dtype;
-``target_dlogits_kernel`` overwrites the targets' entries with both terms, which are added in fp32 before that rounding.
-``sweep.py`` walks the blocks. ``T`` tokens, ``V`` rows of the block, ``H`` hidden size.
+``dlogits_kernel`` writes da without the last term for one block of rows into the fixed workspace, in the inputs'
+dtype; ``target_dlogits_kernel`` overwrites the targets' entries with all terms, which are added in fp32 before that
+rounding. ``sweep.py`` walks the blocks. ``T`` tokens, ``V`` rows of the block, ``H`` hidden size, ``K`` targets a
+token. A pointer that is None is a term that is zero.
 """
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
-from vocab_parallel_fused.kernels.sweep import DlogitsCoefficients, sweep_grads
-from vocab_parallel_fused.kernels.tiles import LOG2E, current_arch, logits_tile, operand_kwargs, tile_position
+from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, sweep_grads
+from vocab_parallel_fused.kernels.tiles import (
+    LOG2E,
+    current_arch,
+    logits_tile,
+    operand_kwargs,
+    tile_position,
+    times_derivative,
+    transform_kwargs,
+)
+from vocab_parallel_fused.stats import DlogitsCoefficients
+from vocab_parallel_fused.transform import LogitTransform
 
-_TARGET_LAUNCH: dict[str, Any] = {"BLOCK_T": 128}
+_TARGET_LAUNCH: dict[str, Any] = {"BLOCK_N": 128}
 
 
 @triton.jit
 def dlogits_kernel(
     hidden,  # [T, H] descriptor or pointer
     weight,  # [V, H] descriptor or pointer
-    bias_ptr,  # [V]
-    lse_ptr,  # [T]
-    grad_lse_ptr,  # [T]
+    bias_ptr,  # [V] or None
+    class_weight_ptr,  # [V] or None: all 1
+    max_ptr,  # [T]
+    level_ptr,  # [T]
+    slope_ptr,  # [T] or None
+    grad_logit_sum_ptr,  # [T] or None
     dlogits_ptr,  # [T, V] out
     T,
     V,
@@ -36,11 +52,13 @@ def dlogits_kernel(
     stride_weight_v,
     stride_weight_h,
     stride_dlogits_t,
+    inner,
+    outer,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP_T: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -60,23 +78,40 @@ def dlogits_kernel(
         stride_hidden_h,
         stride_weight_v,
         stride_weight_h,
+        inner,
+        outer,
         BLOCK_T,
         BLOCK_V,
         BLOCK_H,
-        HAS_BIAS,
+        TRANSFORM,
         USE_DESCRIPTORS,
         PRECISION,
     )
     offs_t = off_t + tl.arange(0, BLOCK_T)
     offs_v = off_v + tl.arange(0, BLOCK_V)
     mask_t = offs_t < T
-    lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
-    grad_lse = tl.load(grad_lse_ptr + offs_t, mask=mask_t, other=0.0)
+    maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
+    level = tl.load(level_ptr + offs_t, mask=mask_t, other=0.0)
 
-    # exp(z − lse) as one fused multiply-add and one exp2. What rounding takes from lse · log2(e) goes into the factor.
-    reference = lse * LOG2E
-    factor = grad_lse * tl.exp2(-tl.fma(lse, tl.full((BLOCK_T,), LOG2E, tl.float32), -reference))
-    dlogits = tl.exp2(z * LOG2E - reference[:, None]) * factor[:, None]
+    # exp(z − max) as one fused multiply-add and one exp2. What rounding takes from max · log2(e) goes into the factor.
+    reference = maximum * LOG2E
+    factor = tl.exp2(-tl.fma(maximum, tl.full((BLOCK_T,), LOG2E, tl.float32), -reference))
+    exps = tl.exp2(z * LOG2E - reference[:, None])
+    if slope_ptr is not None:
+        slope = tl.load(slope_ptr + offs_t, mask=mask_t, other=0.0)
+        # exp(−128) is below fp32's range: a class of logit −inf gets 0 · 128.
+        differences = tl.maximum(z - maximum[:, None], -128.0)
+        dlogits = exps * ((level * factor)[:, None] + (slope * factor)[:, None] * differences)
+    else:
+        dlogits = exps * (level * factor)[:, None]
+    if grad_logit_sum_ptr is not None:
+        grad_logit_sum = tl.load(grad_logit_sum_ptr + offs_t, mask=mask_t, other=0.0)
+        if class_weight_ptr is not None:
+            class_weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0)
+            dlogits += grad_logit_sum[:, None] * class_weight[None, :]
+        else:
+            dlogits += grad_logit_sum[:, None]
+    dlogits = times_derivative(dlogits, z, inner, outer, TRANSFORM)
     tl.store(
         dlogits_ptr + offs_t.to(tl.int64)[:, None] * stride_dlogits_t + offs_v[None, :],
         dlogits.to(dlogits_ptr.dtype.element_ty),
@@ -86,30 +121,50 @@ def dlogits_kernel(
 
 @triton.jit
 def target_dlogits_kernel(
-    target_row_ptr,  # [T] int64, −1: not in this shard
-    target_logit_ptr,  # [T]
-    lse_ptr,  # [T]
-    grad_lse_ptr,  # [T]
-    grad_target_logit_ptr,  # [T]
+    target_row_ptr,  # [T, K] int64, −1: not in this shard
+    target_logit_ptr,  # [T, K]
+    class_weight_ptr,  # [rows of the shard] or None: all 1
+    max_ptr,  # [T]
+    level_ptr,  # [T]
+    slope_ptr,  # [T] or None
+    grad_logit_sum_ptr,  # [T] or None
+    grad_target_logit_ptr,  # [T, K]
     dlogits_ptr,  # [T, V] out, written at the targets
     T,
     V,
+    K,
     first_row,  # number of the block's first row in the shard, as target_row counts
     stride_dlogits_t,
-    BLOCK_T: tl.constexpr,
+    inner,
+    outer,
+    BLOCK_N: tl.constexpr,
+    TRANSFORM: tl.constexpr,
 ):
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_t = offs_t < T
-    column = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1) - first_row
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows_t = offs_n // K
+    target_row = tl.load(target_row_ptr + offs_n, mask=offs_n < T * K, other=-1)
+    column = target_row - first_row
     # −1, for a target elsewhere, is before the first row of any block.
     owned = (column >= 0) & (column < V)
-    target_logit = tl.load(target_logit_ptr + offs_t, mask=owned, other=0.0)
-    lse = tl.load(lse_ptr + offs_t, mask=owned, other=0.0)
-    grad_lse = tl.load(grad_lse_ptr + offs_t, mask=owned, other=0.0)
-    grad_target_logit = tl.load(grad_target_logit_ptr + offs_t, mask=owned, other=0.0)
-    dlogit = tl.exp(target_logit - lse) * grad_lse + grad_target_logit
+    z = tl.load(target_logit_ptr + offs_n, mask=owned, other=0.0)
+    difference = z - tl.load(max_ptr + rows_t, mask=owned, other=0.0)
+    coefficient = tl.load(level_ptr + rows_t, mask=owned, other=0.0)
+    if slope_ptr is not None:
+        coefficient += tl.load(slope_ptr + rows_t, mask=owned, other=0.0) * tl.maximum(difference, -128.0)
+    dlogit = tl.exp(difference) * coefficient
+    if grad_logit_sum_ptr is not None:
+        grad_logit_sum = tl.load(grad_logit_sum_ptr + rows_t, mask=owned, other=0.0)
+        if class_weight_ptr is not None:
+            grad_logit_sum *= tl.load(class_weight_ptr + target_row, mask=owned, other=0.0)
+        dlogit += grad_logit_sum
+    # A class may be a target of its token several times: all write the sum.
+    for k in range(K):
+        same = target_row == tl.load(target_row_ptr + rows_t * K + k, mask=owned, other=-1)
+        grad_target_logit = tl.load(grad_target_logit_ptr + rows_t * K + k, mask=owned, other=0.0)
+        dlogit += tl.where(same, grad_target_logit, 0.0)
+    dlogit = times_derivative(dlogit, z, inner, outer, TRANSFORM)
     tl.store(
-        dlogits_ptr + offs_t.to(tl.int64) * stride_dlogits_t + column,
+        dlogits_ptr + rows_t.to(tl.int64) * stride_dlogits_t + column,
         dlogit.to(dlogits_ptr.dtype.element_ty),
         mask=owned,
     )
@@ -121,55 +176,68 @@ def local_grads(
     bias: Tensor | None,
     target_row: Tensor,
     target_logit: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor,
-    grad_target_logit: Tensor,
+    class_weight: Tensor | None,
+    max_logit: Tensor,
+    coefficients: DlogitsCoefficients,
+    buffers: GradBuffers,
     *,
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-    accumulate_dweight: bool,
-    dbias: Tensor | None,
+    transform: LogitTransform,
     workspace_bytes: int,
 ) -> None:
     """As ``eager.local_grads``."""
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype)
+    unscale = None
+    if hidden.dtype == torch.float16 and hidden.shape[0] > 0 and weight.shape[0] > 0:
+        bound = coefficients.bound(class_weight) * abs(transform.inner * transform.outer)
+        scale, unscale = scale_into_fp16(bound)
+        coefficients = coefficients.times(scale)
+    # Losses may leave gradients of any stride, 0 among them.
+    coefficients = coefficients._make(None if field is None else field.contiguous() for field in coefficients)
 
-    def write_dlogits(tokens: slice, rows: slice, coefficients: DlogitsCoefficients, out: Tensor) -> None:
+    def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
+        level, slope, grad_logit_sum, grad_target_logit = (
+            None if field is None else field[tokens] for field in coefficients
+        )
+        of_tokens = {
+            "max_ptr": max_logit[tokens],
+            "level_ptr": level,
+            "slope_ptr": slope,
+            "grad_logit_sum_ptr": grad_logit_sum,
+            "dlogits_ptr": out,
+            "stride_dlogits_t": out.stride(0),
+        }
         num_tiles = triton.cdiv(out.shape[0], tile.block_t) * triton.cdiv(out.shape[1], tile.block_v)
         dlogits_kernel[(num_tiles,)](
-            lse_ptr=lse[tokens],
-            grad_lse_ptr=coefficients.grad_lse[tokens],
-            dlogits_ptr=out,
-            stride_dlogits_t=out.stride(0),
-            **operand_kwargs(hidden[tokens], weight[rows], None if bias is None else bias[rows], arch, tile),
+            class_weight_ptr=None if class_weight is None else class_weight[rows],
+            **of_tokens,
+            **operand_kwargs(hidden[tokens], weight[rows], None if bias is None else bias[rows], transform, arch, tile),
         )
-        target_dlogits_kernel[(triton.cdiv(out.shape[0], _TARGET_LAUNCH["BLOCK_T"]),)](
-            target_row[tokens],
-            target_logit[tokens],
-            lse[tokens],
-            coefficients.grad_lse[tokens],
-            coefficients.grad_target_logit[tokens],
-            out,
-            out.shape[0],
-            out.shape[1],
-            rows.start,
-            out.stride(0),
-            **_TARGET_LAUNCH,
-        )
+        num_targets = target_row.shape[1]
+        if num_targets > 0:
+            target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
+                target_row_ptr=target_row[tokens],
+                target_logit_ptr=target_logit[tokens],
+                class_weight_ptr=class_weight,
+                grad_target_logit_ptr=grad_target_logit,
+                T=out.shape[0],
+                V=out.shape[1],
+                K=num_targets,
+                first_row=rows.start,
+                **of_tokens,
+                **transform_kwargs(transform),
+                **_TARGET_LAUNCH,
+            )
 
     sweep_grads(
         write_dlogits,
         hidden,
         weight,
-        DlogitsCoefficients(grad_lse.contiguous(), grad_target_logit.contiguous()),
+        buffers,
         dlogits_dtype=hidden.dtype,
+        unscale=unscale,
         bytes_per_logit=hidden.element_size(),
         workspace_bytes=workspace_bytes,
         tile=(tile.block_t, tile.block_v),
         largest=(hidden.shape[0], weight.shape[0]),
-        dhidden=dhidden,
-        dweight=dweight,
-        accumulate_dweight=accumulate_dweight,
-        dbias=dbias,
     )

@@ -1,49 +1,97 @@
 """The local steps in plain PyTorch, one tile of logits at a time: the specification, and the path of the CPU.
 
-    z_tj = x_t · w_j + b_j                        logits, never kept beyond a tile
-    lse_t = log Σ_j exp(z_tj)                     forward, with the target's logit
-    dz_tj = p_tj · g_lse_t + [j = y_t] · g_target_t,   p_tj = exp(z_tj − lse_t)     backward
+    a_tj = x_t · w_j + b_j,   z_tj = transform(a_tj)      logits, never kept beyond a tile
+    m_t = max_j z_tj,   s_t = Σ_j exp(z_tj − m_t)         forward, with the targets' logits and what else is wanted
+    u_tj = z_tj − m_t                                     backward, from the whole vocabulary's m_t
+    dz_tj = exp(u_tj) · (level_t + slope_t · u_tj) + grad_logit_sum_t · c_j + Σ_k [j = y_tk] grad_target_tk
+    da_tj = dz_tj · ∂z/∂a
 
-``T`` tokens, ``V`` rows of this rank's shard (padding already cut off), ``H`` hidden size. A tile is computed in fp32
-from upcast operands (fp64 for fp64), so nothing is rounded to 16 bits before the results are.
+``T`` tokens, ``V`` rows of this rank's shard (padding already cut off), ``H`` hidden size, ``K`` targets a token. A
+tile is computed in fp32 from upcast operands (fp64 for fp64), so nothing is rounded to 16 bits before the results are.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vocab_parallel_fused.kernels.sweep import DlogitsCoefficients, sweep_grads
-from vocab_parallel_fused.stats import TokenStats, merge_stats
+from vocab_parallel_fused.kernels.sweep import GradBuffers, sweep_grads
+from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats, merge_stats
+from vocab_parallel_fused.transform import LogitTransform
 
 _TILE_TOKENS = 1024
 _TILE_ROWS = 1024
-_TILE_COPIES = 3  # logits, probabilities and the result of an elementwise step are alive together
+_TILE_COPIES = 3  # logits, their gradients and the result of an elementwise step are alive together
 
 
-def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor) -> TokenStats:
-    """Statistics ``[T]`` of this shard.
+def local_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_row: Tensor,
+    class_weight: Tensor | None,
+    *,
+    transform: LogitTransform,
+    wanted: Wanted,
+) -> PartStats:
+    """Statistics of this shard.
 
     Args:
         hidden: ``[T, H]``.
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
-        target_row: ``[T]`` int64, the row of ``weight`` that is the token's target, −1 if it is not in this shard.
+        target_row: ``[T, K]`` int64, rows of ``weight`` that are the token's targets, −1 if not in this shard.
+        class_weight: ``[V]`` fp32 (fp64 for fp64), the ``c_j`` of ``logit_sum``; None: all 1.
+        transform: of the logits.
+        wanted: which statistics; ``argmax`` counts rows of the shard.
     """
     T, V = hidden.shape[0], weight.shape[0]
-    owners = (target_row >= 0).to(_accumulator_dtype(hidden))
-    stats = TokenStats(torch.full_like(owners, -torch.inf), torch.zeros_like(owners), owners)
-    for t in range(0, T, _TILE_TOKENS):
+    stats = empty_stats(target_row, _accumulator_dtype(hidden), wanted)
+    chunks = []
+    for t in range(0, max(T, 1), _TILE_TOKENS):
         tokens = slice(t, t + _TILE_TOKENS)
-        merged = torch.stack([column[tokens] for column in stats])
+        merged = PartStats._make(None if field is None else field[tokens] for field in stats)
         for v in range(0, V, _TILE_ROWS):
             rows = slice(v, v + _TILE_ROWS)
-            logits = _logits(hidden[tokens], weight[rows], None if bias is None else bias[rows])
-            owned, column = _target_column(target_row[tokens], v, logits.shape[1])
-            target_logit = logits.gather(1, column[:, None])[:, 0].masked_fill(~owned, 0.0)
-            tile = torch.stack((torch.logsumexp(logits, dim=1), target_logit, torch.zeros_like(target_logit)))
-            merged = torch.stack(merge_stats(torch.stack((merged, tile))))
-        for column, values in zip(stats, merged, strict=True):
-            column[tokens] = values
-    return stats
+            logits = transform.apply_(_raw_logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]))
+            weights = None if class_weight is None else class_weight[rows]
+            tile = _tile_stats(logits, v, target_row[tokens], weights, wanted)
+            merged = merge_stats(_over(torch.stack, merged, tile))
+        chunks.append(merged)
+    return _over(torch.cat, *chunks)
+
+
+def _over(join: Callable[[list[Tensor]], Tensor], *parts: PartStats) -> PartStats:
+    """Join parts field by field."""
+    return PartStats._make(None if column[0] is None else join(list(column)) for column in zip(*parts, strict=True))
+
+
+def _tile_stats(
+    logits: Tensor, first_row: int, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted
+) -> PartStats:
+    """Statistics of one tile ``[tokens, rows]``, which is overwritten."""
+    owned, column = _target_column(target_row, first_row, logits.shape[1])
+    target_logit = logits.gather(1, column).masked_fill(~owned, 0.0)
+    logit_sum = None
+    if wanted.logit_sum:
+        logit_sum = logits.sum(dim=1) if class_weight is None else logits @ class_weight
+    max_logit, argmax = logits.max(dim=1)
+    # Where all logits are −inf the reference must be finite, or −inf − −inf would make a NaN.
+    differences = logits.sub_(max_logit.masked_fill(max_logit == -torch.inf, 0.0)[:, None])
+    exps = differences.exp()
+    sum_exp_logit = None
+    if wanted.expected_logit:
+        # A class of logit −inf has probability 0, and 0 · −inf must be 0.
+        sum_exp_logit = (exps * differences.masked_fill_(differences == -torch.inf, 0.0)).sum(dim=1)
+    return PartStats(
+        max_logit,
+        exps.sum(dim=1),
+        target_logit,
+        torch.zeros_like(target_logit),
+        logit_sum,
+        sum_exp_logit,
+        argmax + first_row if wanted.argmax else None,
+    )
 
 
 def local_grads(
@@ -52,53 +100,54 @@ def local_grads(
     bias: Tensor | None,
     target_row: Tensor,
     target_logit: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor,
-    grad_target_logit: Tensor,
+    class_weight: Tensor | None,
+    max_logit: Tensor,
+    coefficients: DlogitsCoefficients,
+    buffers: GradBuffers,
     *,
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-    accumulate_dweight: bool,
-    dbias: Tensor | None,
+    transform: LogitTransform,
     workspace_bytes: int,
 ) -> None:
     """Write this shard's gradients.
 
     Args:
-        hidden, weight, bias, target_row: as in :func:`local_stats`.
-        target_logit: ``[T]`` of this shard, as :func:`local_stats` returned it.
-        lse: ``[T]`` of the whole vocabulary, fp32.
-        grad_lse, grad_target_logit: ``[T]`` upstream gradients of the two statistics, fp32.
-        dhidden: ``[T, H]``, overwritten with this shard's share of the hidden states' gradient; None: not wanted.
-        dweight: ``[V, H]``, overwritten, or added to if ``accumulate_dweight``; None: not wanted.
-        dbias: ``[V]``, overwritten; None: not wanted.
+        hidden, weight, bias, target_row, class_weight, transform: as in :func:`local_stats`.
+        target_logit: ``[T, K]`` of this shard, as :func:`local_stats` returned it.
+        max_logit: ``[T]`` of the whole vocabulary.
+        coefficients: of the gradient of the logits.
+        buffers: for the gradients that are wanted.
         workspace_bytes: memory for the tile of logit gradients and its temporaries.
     """
     del target_logit  # recomputed with its tile
     dtype = _accumulator_dtype(hidden)
+    level, slope, grad_logit_sum, grad_target_logit = coefficients
 
-    def write_dlogits(tokens: slice, rows: slice, coefficients: DlogitsCoefficients, out: Tensor) -> None:
-        torch.exp(
-            _logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]) - lse[tokens, None], out=out
-        )
-        out *= coefficients.grad_lse[tokens, None]
+    def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
+        logits = transform.apply_(_raw_logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]))
+        differences = logits - max_logit[tokens, None]
+        torch.exp(differences, out=out)
+        if slope is None:
+            out *= level[tokens, None]
+        else:
+            differences.masked_fill_(differences == -torch.inf, 0.0)
+            out *= differences.mul_(slope[tokens, None]).add_(level[tokens, None])
+        if grad_logit_sum is not None:
+            weights = 1.0 if class_weight is None else class_weight[rows]
+            out += grad_logit_sum[tokens, None] * weights
         owned, column = _target_column(target_row[tokens], rows.start, out.shape[1])
-        out.scatter_add_(1, column[:, None], (coefficients.grad_target_logit[tokens] * owned)[:, None])
+        out.scatter_add_(1, column, grad_target_logit[tokens] * owned)
+        transform.times_derivative_(out, logits)
 
     sweep_grads(
         write_dlogits,
         hidden,
         weight,
-        DlogitsCoefficients(grad_lse, grad_target_logit),
+        buffers,
         dlogits_dtype=dtype,
         bytes_per_logit=_TILE_COPIES * dtype.itemsize,
         workspace_bytes=workspace_bytes,
         tile=(32, 32),
         largest=(_TILE_TOKENS, _TILE_ROWS),
-        dhidden=dhidden,
-        dweight=dweight,
-        accumulate_dweight=accumulate_dweight,
-        dbias=dbias,
     )
 
 
@@ -106,15 +155,15 @@ def _accumulator_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[tokens, rows] in the accumulator's precision."""
+def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[tokens, rows] in the accumulator's precision, before the transform."""
     dtype = _accumulator_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     return logits if bias is None else logits.add_(bias.to(dtype))
 
 
 def _target_column(target_row: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Whether each token's target is in the tile, and its column there (0 where it is not)."""
+    """Whether each target is in the tile, and its column there (0 where it is not), ``[tokens, K]`` each."""
     column = target_row - first_row
     owned = (column >= 0) & (column < num_rows)
     return owned, column.where(owned, 0)

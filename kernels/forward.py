@@ -1,13 +1,14 @@
 """Local statistics: a GEMM whose epilogue reduces each tile of logits, and a merge of what the tiles leave.
 
-    lse_t = log Σ_j exp(x_t · w_j + b_j),    target_logit_t = x_t · w_y + b_y
+    m_t = max_j z_tj,    s_t = Σ_j exp(z_tj − m_t),    z_t(y_tk) of each target, and what else is wanted
 
-``partial_lse_kernel`` computes one tile a program and writes one partial lse per token and tile;
+``partial_stats_kernel`` computes one tile a program and writes one number per token, tile and statistic;
 ``merge_partials_kernel`` merges them. Rows are walked in chunks whose partials fit a fixed buffer, so memory does not
 grow with the vocabulary.
 ``target_logit_kernel`` computes the targets' logits once more, from their rows alone: to look for them in every tile
 costs several times as much.
-``T`` tokens, ``V`` rows of the shard, ``H`` hidden size.
+``T`` tokens, ``V`` rows of the shard, ``H`` hidden size, ``K`` targets a token. A pointer that is None is a statistic
+that nobody wants.
 """
 
 from typing import Any
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.tiles import (
-    LN2,
     LOG2E,
-    at_least,
     current_arch,
     logits_tile,
     operand_kwargs,
     product_precision,
     rows_product,
     tile_position,
+    transform_kwargs,
+    transform_logits,
 )
-from vocab_parallel_fused.stats import TokenStats
+from vocab_parallel_fused.stats import PartStats, Wanted, empty_stats
+from vocab_parallel_fused.transform import LogitTransform
 
 _PARTIAL_BYTES = 8 * 2**20  # 16384 tiles a launch: its last, unfilled wave of processors costs little
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
@@ -38,11 +40,17 @@ _MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_P": 16}
 
 
 @triton.jit
-def partial_lse_kernel(
+def partial_stats_kernel(
     hidden,  # [T, H] descriptor or pointer
     weight,  # [V, H] descriptor or pointer
-    bias_ptr,  # [V]
-    partial_lse_ptr,  # [num_tiles, T] out
+    bias_ptr,  # [V] or None
+    class_weight_ptr,  # [V] or None: all 1
+    partial_max_ptr,  # [num_tiles, T] out
+    partial_sum_exp_ptr,  # [num_tiles, T] out
+    partial_logit_sum_ptr,  # [num_tiles, T] out, or None
+    partial_sum_exp_logit_ptr,  # [num_tiles, T] out, or None
+    partial_argmax_ptr,  # [num_tiles, T] int32 out, or None
+    first_row,  # number of the first row in the shard, as argmax counts
     T,
     V,
     H,
@@ -50,11 +58,13 @@ def partial_lse_kernel(
     stride_hidden_h,
     stride_weight_v,
     stride_weight_h,
+    inner,
+    outer,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP_T: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -74,92 +84,167 @@ def partial_lse_kernel(
         stride_hidden_h,
         stride_weight_v,
         stride_weight_h,
+        inner,
+        outer,
         BLOCK_T,
         BLOCK_V,
         BLOCK_H,
-        HAS_BIAS,
+        TRANSFORM,
         USE_DESCRIPTORS,
         PRECISION,
     )
     offs_t = off_t + tl.arange(0, BLOCK_T)
-    offs_v = tl.arange(0, BLOCK_V)
+    offs_v = off_v + tl.arange(0, BLOCK_V)
     mask_t = offs_t < T
-    if off_v + BLOCK_V > V:
-        z = tl.where((off_v + offs_v < V)[None, :], z, -float("inf"))
+    out = pid_v.to(tl.int64) * T + offs_t
 
-    # exp(z − max) as one fused multiply-add and one exp2. Its reference is the rounded `max · log2(e)` itself, not the
-    # maximum, so that this rounding cancels when the reference is added back. A bias may be −inf for a whole tile.
+    if partial_logit_sum_ptr is not None:
+        if class_weight_ptr is not None:
+            class_weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0)
+        else:
+            class_weight = (offs_v < V).to(tl.float32)
+        tl.store(partial_logit_sum_ptr + out, tl.sum(z * class_weight[None, :], axis=1), mask=mask_t)
+    if off_v + BLOCK_V > V:
+        z = tl.where((offs_v < V)[None, :], z, -float("inf"))
     maximum = tl.max(z, axis=1)
-    reference = tl.where(maximum == -float("inf"), 0.0, maximum) * LOG2E
-    sum_exp = tl.sum(tl.exp2(z * LOG2E - reference[:, None]), axis=1)
-    lse = at_least(reference * LN2 + tl.log(sum_exp), maximum)
-    tl.store(partial_lse_ptr + pid_v.to(tl.int64) * T + offs_t, lse, mask=mask_t)
+    # A bias may be −inf for a whole tile.
+    finite = tl.where(maximum == -float("inf"), 0.0, maximum)
+    sum_exp, sum_exp_logit = exp_sums(z, finite, partial_sum_exp_logit_ptr is not None)
+    tl.store(partial_max_ptr + out, maximum, mask=mask_t)
+    tl.store(partial_sum_exp_ptr + out, sum_exp, mask=mask_t)
+    if partial_sum_exp_logit_ptr is not None:
+        tl.store(partial_sum_exp_logit_ptr + out, sum_exp_logit, mask=mask_t)
+    if partial_argmax_ptr is not None:
+        # Where nothing equals the maximum, which takes a NaN, any row will do.
+        row = tl.min(tl.where(z == maximum[:, None], offs_v[None, :], V - 1), axis=1)
+        tl.store(partial_argmax_ptr + out, first_row + row, mask=mask_t)
+
+
+@triton.jit
+def exp_sums(z, maximum, WITH_LOGITS: tl.constexpr):
+    """Σ_j exp(z_j − maximum) and, or else 0, Σ_j exp(z_j − maximum) (z_j − maximum)."""
+    # One fused multiply-add and one exp2 per logit. Rounding the maximum's product moves all exponents of a row alike,
+    # which one division undoes, so that the largest term is exactly 1.
+    reference = maximum * LOG2E
+    exps = tl.exp2(z * LOG2E - reference[:, None])
+    largest = tl.exp2(tl.fma(maximum, tl.full(maximum.shape, LOG2E, tl.float32), -reference))
+    sum_exp_logit = tl.zeros_like(maximum)
+    if WITH_LOGITS:
+        # exp(−128) is below fp32's range: a class of logit −inf contributes 0 · 128.
+        differences = tl.maximum(z - maximum[:, None], -128.0)
+        sum_exp_logit = tl.sum(exps * differences, axis=1) / largest
+    return tl.sum(exps, axis=1) / largest, sum_exp_logit
 
 
 @triton.jit
 def merge_partials_kernel(
-    partial_lse_ptr,  # [num_partials, T]
-    lse_ptr,  # [T] in unless FIRST, out
+    partial_max_ptr,  # [num_partials, T]
+    partial_sum_exp_ptr,  # [num_partials, T]
+    partial_logit_sum_ptr,  # [num_partials, T] or None
+    partial_sum_exp_logit_ptr,  # [num_partials, T] or None
+    partial_argmax_ptr,  # [num_partials, T] int32, or None
+    max_ptr,  # [T] in unless FIRST, out; so are the others
+    sum_exp_ptr,  # [T]
+    logit_sum_ptr,  # [T] or None
+    sum_exp_logit_ptr,  # [T] or None
+    argmax_ptr,  # [T] int64, or None
     num_partials,
     T,
     FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    """`stats.merge_stats` of what is there, unless FIRST, and the partials."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_p = tl.arange(0, BLOCK_P)
     mask_t = offs_t < T
-    running_max = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
+    maximum = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
+    sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    logit_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    sum_exp_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    argmax = tl.zeros((BLOCK_T,), dtype=tl.int64)
     if not FIRST:
-        running_max = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
-    sum_exp = tl.where(running_max == -float("inf"), 0.0, 1.0)
+        maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
+        sum_exp = tl.load(sum_exp_ptr + offs_t, mask=mask_t, other=0.0)
+        if logit_sum_ptr is not None:
+            logit_sum = tl.load(logit_sum_ptr + offs_t, mask=mask_t, other=0.0)
+        if sum_exp_logit_ptr is not None:
+            sum_exp_logit = tl.load(sum_exp_logit_ptr + offs_t, mask=mask_t, other=0.0)
+        if argmax_ptr is not None:
+            argmax = tl.load(argmax_ptr + offs_t, mask=mask_t, other=0)
     for first in range(0, num_partials, BLOCK_P):
         partials = first + offs_p
-        lse = tl.load(
-            partial_lse_ptr + partials.to(tl.int64)[:, None] * T + offs_t[None, :],
-            mask=(partials < num_partials)[:, None] & mask_t[None, :],
-            other=-float("inf"),
-        )
-        new_max = tl.maximum(running_max, tl.max(lse, axis=0))
+        offs = partials.to(tl.int64)[:, None] * T + offs_t[None, :]
+        mask = (partials < num_partials)[:, None] & mask_t[None, :]
+        part_max = tl.load(partial_max_ptr + offs, mask=mask, other=-float("inf"))
+        part_sum_exp = tl.load(partial_sum_exp_ptr + offs, mask=mask, other=0.0)
+        block_max = tl.max(part_max, axis=0)
+        new_max = tl.maximum(maximum, block_max)
         finite = tl.where(new_max == -float("inf"), 0.0, new_max)
-        sum_exp = sum_exp * tl.exp(running_max - finite) + tl.sum(tl.exp(lse - finite[None, :]), axis=0)
-        running_max = new_max
-    tl.store(lse_ptr + offs_t, at_least(running_max + tl.log(sum_exp), running_max), mask=mask_t)
+        shift = maximum - finite
+        part_shift = part_max - finite[None, :]
+        scale = tl.exp(shift)
+        part_scale = tl.exp(part_shift)
+        if logit_sum_ptr is not None:
+            logit_sum += tl.sum(tl.load(partial_logit_sum_ptr + offs, mask=mask, other=0.0), axis=0)
+        if sum_exp_logit_ptr is not None:
+            part_logit = tl.load(partial_sum_exp_logit_ptr + offs, mask=mask, other=0.0)
+            part_logit = part_scale * (part_logit + part_sum_exp * tl.maximum(part_shift, -128.0))
+            sum_exp_logit = scale * (sum_exp_logit + sum_exp * tl.maximum(shift, -128.0)) + tl.sum(part_logit, axis=0)
+        if argmax_ptr is not None:
+            part_row = tl.load(partial_argmax_ptr + offs, mask=mask, other=0)
+            row = tl.min(tl.where(part_max == block_max[None, :], part_row, 0x7FFFFFFF), axis=0)
+            # Rows come in ascending order, so of several largest logits the first stays.
+            argmax = tl.where(block_max > maximum, row.to(tl.int64), argmax)
+        sum_exp = sum_exp * scale + tl.sum(part_sum_exp * part_scale, axis=0)
+        maximum = new_max
+    tl.store(max_ptr + offs_t, maximum, mask=mask_t)
+    tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_t)
+    if logit_sum_ptr is not None:
+        tl.store(logit_sum_ptr + offs_t, logit_sum, mask=mask_t)
+    if sum_exp_logit_ptr is not None:
+        tl.store(sum_exp_logit_ptr + offs_t, sum_exp_logit, mask=mask_t)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + offs_t, argmax, mask=mask_t)
 
 
 @triton.jit
 def target_logit_kernel(
     hidden_ptr,  # [T, H]
     weight_ptr,  # [V, H]
-    bias_ptr,  # [V]
-    target_row_ptr,  # [T] int64, −1: not in this shard
-    lse_ptr,  # [T] in, out
-    target_logit_ptr,  # [T] out, 0 where the target is not in this shard
-    owners_ptr,  # [T] out, 1 or 0
+    bias_ptr,  # [V] or None
+    target_row_ptr,  # [T, K] int64, −1: not in this shard
+    max_ptr,  # [T]
+    target_logit_ptr,  # [T, K] out, 0 where the target is not in this shard
+    owners_ptr,  # [T, K] out, 1 or 0
     T,
     H,
+    K,
     stride_hidden_t,
     stride_hidden_h,
     stride_weight_v,
     stride_weight_h,
+    inner,
+    outer,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The diagonal of a tile whose columns are the targets of its tokens, so that every sum over H runs in the order it
-    has in `partial_lse_kernel`: what rounding does to lse and to a confident target's logit then cancels in their
-    difference."""
+    """The diagonal of a tile whose rows are tokens and whose columns are a target of each, so that every sum over H
+    runs in the order it has in `partial_stats_kernel`: what rounding does to the largest logits and to a confident
+    target's then cancels in their difference."""
     offs = tl.arange(0, BLOCK_T)
-    offs_t = tl.program_id(0) * BLOCK_T + offs
-    mask_t = offs_t < T
-    target_row = tl.load(target_row_ptr + offs_t, mask=mask_t, other=-1)
+    offs_n = tl.program_id(0) * BLOCK_T + offs
+    mask_n = offs_n < T * K
+    target_row = tl.load(target_row_ptr + offs_n, mask=mask_n, other=-1)
     owned = target_row >= 0
     rows_v = tl.where(owned, target_row, 0)
-    z = rows_product(
+    rows_t = tl.minimum(offs_n // K, T - 1)
+    raw = rows_product(
         hidden_ptr,
         weight_ptr,
-        tl.minimum(offs_t, T - 1),
+        rows_t,
         rows_v,
         H,
         stride_hidden_t,
@@ -171,54 +256,96 @@ def target_logit_kernel(
         BLOCK_H,
         PRECISION,
     )
-    target_logit = tl.sum(tl.where(offs[:, None] == offs[None, :], z, 0.0), axis=1)
-    if HAS_BIAS:
-        target_logit += tl.load(bias_ptr + rows_v, mask=owned, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + offs_t, mask=owned, other=0.0)
-    tl.store(lse_ptr + offs_t, at_least(lse, target_logit), mask=owned)
-    tl.store(target_logit_ptr + offs_t, tl.where(owned, target_logit, 0.0), mask=mask_t)
-    tl.store(owners_ptr + offs_t, owned.to(tl.float32), mask=mask_t)
+    raw = tl.sum(tl.where(offs[:, None] == offs[None, :], raw, 0.0), axis=1)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr + rows_v, mask=owned, other=0.0).to(tl.float32)
+    # Another order of products may round a target above the largest logit, but no log-probability is positive.
+    maximum = tl.load(max_ptr + rows_t, mask=owned, other=0.0)
+    z = tl.minimum(transform_logits(raw, inner, outer, TRANSFORM), maximum, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(target_logit_ptr + offs_n, tl.where(owned, z, 0.0), mask=mask_n)
+    tl.store(owners_ptr + offs_n, owned.to(tl.float32), mask=mask_n)
 
 
-def local_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_row: Tensor) -> TokenStats:
+def local_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_row: Tensor,
+    class_weight: Tensor | None,
+    *,
+    transform: LogitTransform,
+    wanted: Wanted,
+) -> PartStats:
     """As ``eager.local_stats``."""
     T, V = hidden.shape[0], weight.shape[0]
-    stats = TokenStats(*hidden.new_empty(3, T, dtype=torch.float32).unbind())
     if T == 0 or V == 0:
-        return TokenStats(stats.lse.fill_(-torch.inf), stats.target_logit.zero_(), stats.owners.zero_())
+        return empty_stats(target_row, torch.float32, wanted)
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype)
     num_tiles = -(-V // tile.block_v)
-    chunk_tiles = min(num_tiles, max(1, _PARTIAL_BYTES // (4 * T)))
-    partial_lse = stats.lse.new_empty(chunk_tiles, T)
+    max_logit, sum_exp, *optional = hidden.new_empty(2 + sum(wanted[:2]), T, dtype=torch.float32)
+    optional = iter(optional)
+    stats = PartStats(
+        max_logit,
+        sum_exp,
+        *hidden.new_empty(2, *target_row.shape, dtype=torch.float32),
+        logit_sum=next(optional) if wanted.logit_sum else None,
+        sum_exp_logit=next(optional) if wanted.expected_logit else None,
+        argmax=hidden.new_empty(T, dtype=torch.int64) if wanted.argmax else None,
+    )
+    reduced = {
+        "max": stats.max_logit,
+        "sum_exp": stats.sum_exp,
+        "logit_sum": stats.logit_sum,
+        "sum_exp_logit": stats.sum_exp_logit,
+        "argmax": stats.argmax,
+    }
+    num_wanted = sum(field is not None for field in reduced.values())
+    chunk_tiles = min(num_tiles, max(1, _PARTIAL_BYTES // (4 * T * num_wanted)))
+    partials = {
+        f"partial_{name}_ptr": None
+        if field is None
+        else torch.empty(chunk_tiles, T, dtype=torch.int32 if name == "argmax" else torch.float32, device=hidden.device)
+        for name, field in reduced.items()
+    }
     for first_tile in range(0, num_tiles, chunk_tiles):
         chunk = min(chunk_tiles, num_tiles - first_tile)
         rows = slice(first_tile * tile.block_v, (first_tile + chunk) * tile.block_v)
-        partial_lse_kernel[(-(-T // tile.block_t) * chunk,)](
-            partial_lse_ptr=partial_lse,
-            **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], arch, tile),
+        partial_stats_kernel[(-(-T // tile.block_t) * chunk,)](
+            class_weight_ptr=None if class_weight is None else class_weight[rows],
+            first_row=rows.start,
+            **partials,
+            **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], transform, arch, tile),
         )
         merge_partials_kernel[(triton.cdiv(T, _MERGE_LAUNCH["BLOCK_T"]),)](
-            partial_lse, stats.lse, chunk, T, **{"FIRST": first_tile == 0, **_MERGE_LAUNCH}
+            **partials,
+            **{f"{name}_ptr": field for name, field in reduced.items()},
+            num_partials=chunk,
+            T=T,
+            **{"FIRST": first_tile == 0, **_MERGE_LAUNCH},
         )
-    constants: dict[str, Any] = {
-        "BLOCK_H": 2 * tile.block_h,
-        "HAS_BIAS": bias is not None,
-        "PRECISION": product_precision(hidden.dtype),
-    }
-    target_logit_kernel[(triton.cdiv(T, _TARGET_LAUNCH["BLOCK_T"]),)](
-        hidden,
-        weight,
-        bias,
-        target_row,
-        *stats,
-        T,
-        hidden.shape[1],
-        hidden.stride(0),
-        hidden.stride(1),
-        weight.stride(0),
-        weight.stride(1),
-        **constants,
-        **_TARGET_LAUNCH,
-    )
+    num_targets = target_row.shape[1]
+    if num_targets > 0:
+        target_logit_kernel[(triton.cdiv(T * num_targets, _TARGET_LAUNCH["BLOCK_T"]),)](
+            hidden,
+            weight,
+            bias,
+            target_row,
+            stats.max_logit,
+            stats.target_logit,
+            stats.owners,
+            T,
+            hidden.shape[1],
+            num_targets,
+            hidden.stride(0),
+            hidden.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            **{
+                "BLOCK_H": 2 * tile.block_h,
+                "PRECISION": product_precision(hidden.dtype),
+                **transform_kwargs(transform),
+                **_TARGET_LAUNCH,
+            },
+        )
     return stats

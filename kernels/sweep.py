@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 
-class DlogitsCoefficients(NamedTuple):
-    """All that a loss needs to say about the gradient of its logits: one number per token and term."""
+class GradBuffers(NamedTuple):
+    """Where a head's gradients go; None: not wanted."""
 
-    grad_lse: Tensor  # [T], times p_tj
-    grad_target_logit: Tensor  # [T], times [j = y_t]
+    dhidden: Tensor | None  # [T, H], overwritten with this shard's share of the hidden states' gradient
+    dweight: Tensor | None  # [V, H], overwritten, or added to if accumulate_dweight
+    dbias: Tensor | None  # [V], overwritten
+    accumulate_dweight: bool
 
 
 def even_block(total: int, largest: int, tile: int) -> int:
@@ -41,44 +43,39 @@ def _slices(total: int, block: int) -> Iterator[slice]:
 
 
 def sweep_grads(
-    write_dlogits: Callable[[slice, slice, DlogitsCoefficients, Tensor], None],
+    write_dlogits: Callable[[slice, slice, Tensor], None],
     hidden: Tensor,
     weight: Tensor,
-    coefficients: DlogitsCoefficients,
+    buffers: GradBuffers,
     *,
     dlogits_dtype: torch.dtype,
+    unscale: Tensor | None = None,
     bytes_per_logit: int,
     workspace_bytes: int,
     tile: tuple[int, int],
     largest: tuple[int, int],
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-    accumulate_dweight: bool,
-    dbias: Tensor | None,
 ) -> None:
-    """Write the gradients that are wanted (not None).
+    """Write the gradients that are wanted.
 
     Args:
-        write_dlogits: called with a slice of tokens, a slice of rows, the coefficients and a ``[tokens, rows]`` view of
-            the workspace, which it fills.
+        write_dlogits: called with a slice of tokens, a slice of rows and a ``[tokens, rows]`` view of the workspace,
+            which it fills.
         hidden, weight: ``[T, H]``, ``[V, H]``.
+        buffers: for the results.
         dlogits_dtype: of the workspace; the operand of the two GEMMs.
+        unscale: a number that turns what is written into the gradients of the logits; see :func:`scale_into_fp16`.
         bytes_per_logit: memory for each element of a block, the implementation's temporaries included.
         workspace_bytes: memory that blocks may take. All tokens are one block if a tile of rows then fits.
         tile, largest: (tokens, rows) that a block is a multiple of, and at most. A block is at least one tile.
-        dhidden, dweight, dbias: ``[T, H]``, ``[V, H]``, ``[V]``, overwritten; ``dweight`` is added to instead if
-            ``accumulate_dweight``.
     """
     (T, H), V = hidden.shape, weight.shape[0]
+    dhidden, dweight, dbias, accumulate_dweight = buffers
     if T == 0 or V == 0:
         for grad in (dhidden, None if accumulate_dweight else dweight, dbias):
             if grad is not None:
                 grad.zero_()
         return
     dtype = torch.promote_types(dlogits_dtype, torch.float32)
-    unscale = None
-    if dlogits_dtype == torch.float16:
-        coefficients, unscale = _scale_into_fp16(coefficients)
 
     block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
     # A GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory of
@@ -103,7 +100,7 @@ def sweep_grads(
         dbias_sum = None if dbias is None else dbias.new_zeros(rows.stop - rows.start, dtype=dtype)
         for tokens in _slices(T, block_t):
             dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
-            write_dlogits(tokens, rows, coefficients, dlogits)
+            write_dlogits(tokens, rows, dlogits)
             if dhidden_sum is not None:
                 _matmul_into(dhidden_sum[tokens], dlogits, weight[rows], accumulate=rows.start > 0)
             if dweight_sum is not None:
@@ -116,19 +113,19 @@ def sweep_grads(
     _finish(dhidden, dhidden_sum, unscale)
 
 
-def _scale_into_fp16(coefficients: DlogitsCoefficients) -> tuple[DlogitsCoefficients, Tensor]:
-    """Scale by a power of two so that the largest coefficient is in (2¹³, 2¹⁴]; return also the factor that undoes it.
+def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two that brings logit gradients of at most ``bound`` into (2¹⁴, 2¹⁵], and the factor that undoes it.
 
     In fp16 the gradient of a mean over many tokens, or an upstream gradient scaled against underflow elsewhere, would
-    leave the range of the workspace. An element is at most the sum of its two coefficients, 2¹⁵, which fp16 still
-    holds, and so small ones keep as much of its range as there is. A power of two changes no bit of what stays inside.
+    leave the range of the workspace; this way small ones keep as much of its range as there is. A power of two changes
+    no bit of what stays inside.
     """
-    largest = torch.stack(coefficients).abs().amax()
+    largest = bound.amax()
     usable = (largest > 0) & torch.isfinite(largest)
     exponent = torch.ceil(torch.log2(largest.where(usable, 1.0)))
     # fp32 holds 2^±126 as a normal number, so that neither factor is lost.
-    unscale = torch.exp2((exponent - 14).clamp(-126, 126))
-    return DlogitsCoefficients(*(coefficient / unscale for coefficient in coefficients)), unscale
+    unscale = torch.exp2((exponent - 15).clamp(-126, 126))
+    return 1 / unscale, unscale
 
 
 def _finish(out: Tensor | None, total: Tensor | None, unscale: Tensor | None, *, accumulate: bool = False) -> None:

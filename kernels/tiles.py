@@ -10,12 +10,12 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vocab_parallel_fused.kernels.configs import TileConfig, has_tensor_descriptors
+from vocab_parallel_fused.transform import LogitTransform
 
 INTERPRETED: bool = knobs.runtime.interpret
 # Kernels may read globals that are constexpr.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def tile_position(pid, num_t, num_v, GROUP_T: tl.constexpr):
 def logits_tile(
     hidden,  # [T, H] tensor descriptor or pointer
     weight,  # [V, H] tensor descriptor or pointer
-    bias_ptr,  # [V]
+    bias_ptr,  # [V] or None
     off_t,
     off_v,
     T,
@@ -42,10 +42,12 @@ def logits_tile(
     stride_hidden_h,
     stride_weight_v,
     stride_weight_h,
+    inner,
+    outer,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -72,9 +74,31 @@ def logits_tile(
             BLOCK_H,
             PRECISION,
         )
-    if HAS_BIAS:
+    if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    return z
+    return transform_logits(z, inner, outer, TRANSFORM)
+
+
+@triton.jit
+def transform_logits(raw, inner, outer, TRANSFORM: tl.constexpr):
+    """z = outer · tanh(inner · a) with a soft cap, outer · a with a scale: `LogitTransform` in fp32."""
+    if TRANSFORM == "softcap":
+        # tanh x = 1 − 2 / (1 + exp 2x): off by at most 2⁻²³, and right for any x, as exp may overflow.
+        return outer * (1 - 2 / (1 + tl.exp2(raw * (2 * LOG2E * inner))))
+    if TRANSFORM == "scale":
+        return outer * raw
+    return raw
+
+
+@triton.jit
+def times_derivative(dlogits, z, inner, outer, TRANSFORM: tl.constexpr):
+    """dz · ∂z/∂a, with tanh = z / outer."""
+    if TRANSFORM == "softcap":
+        tanh = z * (1 / outer)
+        return dlogits * (inner * outer) * (1 - tanh * tanh)
+    if TRANSFORM == "scale":
+        return dlogits * outer
+    return dlogits
 
 
 @triton.jit
@@ -109,12 +133,6 @@ def rows_product(
 
 
 @triton.jit
-def at_least(lse, bound):
-    """No rounding may bring lse below a logit: a log-probability is never positive. A NaN stays one."""
-    return tl.maximum(lse, bound, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _dot(x, w, z, PRECISION: tl.constexpr):
     if _INTERPRETED:  # the interpreter multiplies bf16 bit patterns as integers
         x = x.to(tl.float32)
@@ -130,7 +148,9 @@ def current_arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":", maxsplit=1)[0]
 
 
-def operand_kwargs(hidden: Tensor, weight: Tensor, bias: Tensor | None, arch: str, tile: TileConfig) -> dict[str, Any]:
+def operand_kwargs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, arch: str, tile: TileConfig
+) -> dict[str, Any]:
     """The arguments of a launch that `logits_tile` needs, tile sizes included."""
     use_descriptors = has_tensor_descriptors(arch) and _describable(hidden) and _describable(weight)
     return {
@@ -144,11 +164,17 @@ def operand_kwargs(hidden: Tensor, weight: Tensor, bias: Tensor | None, arch: st
         "stride_hidden_h": hidden.stride(1),
         "stride_weight_v": weight.stride(0),
         "stride_weight_h": weight.stride(1),
-        "HAS_BIAS": bias is not None,
         "USE_DESCRIPTORS": use_descriptors,
         "PRECISION": product_precision(hidden.dtype),
+        **transform_kwargs(transform),
         **tile.launch_kwargs(),
     }
+
+
+def transform_kwargs(transform: LogitTransform) -> dict[str, Any]:
+    """The arguments of a launch that `transform_logits` needs."""
+    kind = "softcap" if transform.logit_softcap is not None else "identity" if transform.outer == 1.0 else "scale"
+    return {"inner": transform.inner, "outer": transform.outer, "TRANSFORM": kind}
 
 
 def _describable(matrix: Tensor) -> bool:

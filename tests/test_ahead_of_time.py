@@ -57,36 +57,59 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             }
         )
 
+    # What a launch may leave out.
+    optional = {
+        forward.partial_stats_kernel: ("class_weight", "partial_logit_sum", "partial_sum_exp_logit", "partial_argmax"),
+        forward.merge_partials_kernel: ("logit_sum", "sum_exp_logit", "argmax"),
+        backward.dlogits_kernel: ("class_weight", "slope", "grad_logit_sum"),
+        backward.target_dlogits_kernel: ("class_weight", "slope", "grad_logit_sum"),
+    }
+
+    def without(kernel: Any, present: tuple[str, ...]) -> dict[str, None]:
+        return {f"{name}_ptr": None for name in optional[kernel] if name not in present}
+
+    scalars = {"target_row_ptr": "*i64", "argmax_ptr": "*i64", "partial_argmax_ptr": "*i32"}
+    scalars |= {"inner": "fp32", "outer": "fp32"}
     for dtype, element in elements.items():
         tile = tile_config(arch, dtype)
         launch = tile.launch_kwargs()
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-        for descriptors in (False, True) if has_tensor_descriptors(arch) else (False,):
-            # fp16 differs from bf16 in nothing but the name of the type.
-            for has_bias in (False, True) if dtype != torch.float16 else (True,):
-                types = {f"{name}_ptr": f"*{element}" for name in ("hidden", "weight", "bias", "dlogits")}
-                types["target_row_ptr"] = "*i64"
-                for name, rows in (("hidden", tile.block_t), ("weight", tile.block_v)):
-                    types[name] = f"tensordesc<{element}[{rows},{tile.block_h}]>" if descriptors else f"*{element}"
-                # fp32 with tf32 products where there is a bias, without them where there is none.
-                precision = "tf32" if dtype == torch.float32 and has_bias and not arch.startswith("gfx") else "ieee"
-                constants = {**launch, "HAS_BIAS": has_bias, "USE_DESCRIPTORS": descriptors, "PRECISION": precision}
-                constants |= {"stride_hidden_h": 1, "stride_weight_h": 1}
-                if not has_bias:
-                    constants["bias_ptr"] = None
-                about = f"{element} {descriptors=} {has_bias=}"
-                for kernel in (forward.partial_lse_kernel, backward.dlogits_kernel):
-                    build(kernel, types, constants, options, about)
-                small = {
-                    name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names
-                }
-                target_launch = forward._TARGET_LAUNCH.copy()
-                stages = {"num_stages": target_launch.pop("num_stages")}
-                build(forward.target_logit_kernel, types, small | target_launch, stages, about)
-        types = {"dlogits_ptr": f"*{element}", "target_row_ptr": "*i64"}
-        build(backward.target_dlogits_kernel, types, backward._TARGET_LAUNCH, {}, "")
-    for first in (False, True):
-        build(forward.merge_partials_kernel, {}, {"FIRST": first, **forward._MERGE_LAUNCH}, {}, "")
+        types = scalars | {f"{name}_ptr": f"*{element}" for name in ("hidden", "weight", "bias", "dlogits")}
+        plain, everything, usual = ("identity", False), ("softcap", True), has_tensor_descriptors(arch)
+        cases = [(usual, *plain), (usual, *everything), (usual, "scale", True), (False, *everything)]
+        for descriptors, transform, has_bias in sorted(set(cases)):
+            for name, rows in (("hidden", tile.block_t), ("weight", tile.block_v)):
+                types[name] = f"tensordesc<{element}[{rows},{tile.block_h}]>" if descriptors else f"*{element}"
+            # fp32 with tf32 products where there is a bias, without them where there is none.
+            precision = "tf32" if dtype == torch.float32 and has_bias and not arch.startswith("gfx") else "ieee"
+            constants = {**launch, "TRANSFORM": transform, "USE_DESCRIPTORS": descriptors, "PRECISION": precision}
+            constants |= {"stride_hidden_h": 1, "stride_weight_h": 1}
+            if not has_bias:
+                constants["bias_ptr"] = None
+            about = f"{element} {descriptors=} {transform=}"
+            for kernel in (forward.partial_stats_kernel, backward.dlogits_kernel):
+                names = optional[kernel]
+                chosen = [names] if transform == "softcap" else [()]
+                if transform == "identity" and dtype == torch.bfloat16:
+                    chosen += [(name,) for name in names[1:]]
+                for present in chosen:
+                    build(kernel, types, constants | without(kernel, present), options, f"{about} {present}")
+            small = {name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names}
+            target_launch = forward._TARGET_LAUNCH.copy()
+            stages = {"num_stages": target_launch.pop("num_stages")}
+            build(forward.target_logit_kernel, types, small | target_launch, stages, about)
+        kernel = backward.target_dlogits_kernel
+        for transform, present in (("identity", ()), ("softcap", optional[kernel])):
+            constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | without(kernel, present)
+            build(kernel, types, constants, {}, f"{element} {transform=}")
+    for first, present in ((True, ()), (False, optional[forward.merge_partials_kernel])):
+        absent = {
+            f"{prefix}{name}_ptr": None
+            for name in optional[forward.merge_partials_kernel]
+            if name not in present
+            for prefix in ("", "partial_")
+        }
+        build(forward.merge_partials_kernel, scalars, {"FIRST": first, **forward._MERGE_LAUNCH} | absent, {}, "")
     return report
 
 
@@ -100,7 +123,7 @@ def test_compiles(arch: str) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
     assert {row["kernel"] for row in report} == {
-        "partial_lse_kernel",
+        "partial_stats_kernel",
         "merge_partials_kernel",
         "target_logit_kernel",
         "dlogits_kernel",
@@ -109,7 +132,7 @@ def test_compiles(arch: str) -> None:
     assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
     if arch == "sm_90":
         # 16-bit products must run on Hopper's own matrix instructions.
-        assert all(row["wgmma"] for row in report if row["about"].startswith(("bf16", "fp16")))
+        assert all(row["wgmma"] for row in report if row["about"].startswith(("bf16 descriptors", "fp16 descriptors")))
 
 
 if __name__ == "__main__":

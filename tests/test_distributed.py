@@ -1,6 +1,5 @@
 """The op over gloo ranks: the same bits on every rank, and what full logits give in float64."""
 
-import math
 import time
 from itertools import product
 from typing import Any
@@ -17,7 +16,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy
 from vocab_parallel_fused import collectives as vpf_collectives
 from vocab_parallel_fused.options import Combine, Impl
-from vocab_parallel_fused.stats import TokenStats
+from vocab_parallel_fused.stats import PartStats
 from vocab_parallel_fused.testing import (
     Results,
     assert_within_error_budget,
@@ -127,11 +126,20 @@ def test_agrees_with_loss_parallel(world_size: int) -> None:
 
 def merge_of_nothing(group: ProcessGroup, combine: Combine) -> None:
     """Tokens whose logits are −inf in some shards, and in all of them: the sum of no exponentials is 0, not NaN."""
-    lse = torch.tensor([2.0, -torch.inf if group.rank() else 1.0, -torch.inf])
-    local = TokenStats(lse, torch.zeros(3), torch.zeros(3))
-    merged, num_classes = vpf_collectives.gather_stats(local, 5 + group.rank(), group, combine)
-    assert num_classes == 11
-    torch.testing.assert_close(merged.lse, torch.tensor([2.0 + math.log(group.size()), 1.0, -torch.inf]))
+    rank = group.rank()
+    max_logit = torch.tensor([2.0, -torch.inf if rank else 1.0, -torch.inf])
+    sum_exp = torch.tensor([1.5, 1.0 - rank, 0.0])
+    nothing = torch.zeros(3, 1)
+    local = PartStats(
+        max_logit, sum_exp, nothing, nothing, sum_exp_logit=-sum_exp, argmax=torch.tensor([4, 5, 6]) + 9 * rank
+    )
+    whole, num_classes = vpf_collectives.gather_stats(local, 2**25 + rank, group, combine)
+    assert num_classes == 2**26 + 1
+    torch.testing.assert_close(whole.max_logit, torch.tensor([2.0, 1.0, -torch.inf]))
+    torch.testing.assert_close(whole.sum_exp, torch.tensor([3.0, 1.0, 0.0]))
+    torch.testing.assert_close(whole.sum_exp_logit, torch.tensor([-3.0, -1.0, 0.0]))
+    assert whole.argmax is not None
+    assert whole.argmax.tolist() == [4, 5, 6]
 
 
 @pytest.mark.parametrize("combine", ["all_gather", "all_reduce"])

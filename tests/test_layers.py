@@ -14,20 +14,23 @@ PACKAGE = "vocab_parallel_fused"
 ALLOWED = {
     "options": set(),
     "stats": set(),
+    "transform": set(),
+    "losses": {"stats"},
     "collectives": {"stats"},
     "sharding": {"collectives"},
     "kernels.configs": set(),
     "kernels.sweep": set(),
-    "kernels.eager": {"kernels.sweep", "stats"},
-    "kernels.tiles": {"kernels.configs"},
-    "kernels.forward": {"kernels.configs", "kernels.tiles", "stats"},
-    "kernels.backward": {"kernels.configs", "kernels.sweep", "kernels.tiles"},
+    "kernels.eager": {"kernels.sweep", "stats", "transform"},
+    "kernels.tiles": {"kernels.configs", "transform"},
+    "kernels.forward": {"kernels.configs", "kernels.tiles", "stats", "transform"},
+    "kernels.backward": {"kernels.configs", "kernels.sweep", "kernels.tiles", "stats", "transform"},
     "dispatch": {"kernels.eager", "kernels.forward", "kernels.backward", "kernels.tiles", "options", "stats"},
-    "autograd": {"collectives", "dispatch", "sharding", "stats"},
-    "functional": {"autograd", "collectives", "dispatch", "options", "sharding", "stats"},
+    "autograd": {"collectives", "dispatch", "kernels.sweep", "sharding", "stats", "transform"},
+    "arguments": {"autograd", "collectives", "dispatch", "options", "sharding", "transform"},
+    "functional": {"arguments", "autograd", "collectives", "losses", "options", "sharding", "stats"},
     "modules": {"collectives", "functional", "options", "sharding"},
     "testing": {"functional", "options", "sharding"},
-    "__init__": {"functional", "modules", "options", "sharding"},
+    "__init__": {"functional", "losses", "modules", "options", "sharding"},
 }
 
 
@@ -46,7 +49,8 @@ def imports_of(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             # `from package import module` names modules only where they are packages' children.
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module.endswith(".kernels") else {module}
+            holds_modules = module == PACKAGE or module.endswith(".kernels")
+            names |= {f"{module}.{alias.name}" for alias in node.names} if holds_modules else {module}
     return names
 
 

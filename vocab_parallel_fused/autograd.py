@@ -1,15 +1,15 @@
-"""The one autograd function: the order of the steps and what is saved. It computes nothing itself.
+"""The autograd functions: the order of the steps and what is saved. They compute nothing themselves.
 
     forward     [gather_hidden]  →  local_stats  →  gather_stats             →  TokenStats of the whole vocabulary
     backward    [gather_hidden]  →  local_grads  →  reduce_hidden_grad       →  dhidden, dweight, dbias
 
-Steps in brackets run under sequence parallelism only. Shapes on a rank, ``T`` tokens, ``R`` ranks:
+Steps in brackets run under sequence parallelism only. On a rank, with ``T`` tokens, ``K`` targets a token, ``R`` ranks:
 
     ============  ==================================================================================
     hidden        [T, H] replicated, or this rank's [T / R, H] under sequence parallelism; saved as it came
     weight, bias  [V_local, H], [V_local]; saved
-    target        [T] global ids, replicated
-    statistics    [T] each, replicated; lse and the shard's own target_logit are saved
+    target        [T, K] global ids, replicated
+    statistics    [T] or [T, K] each, replicated; saved, with the shard's own target_logit
     dhidden       as hidden: all-reduced once, or reduce-scattered once under sequence parallelism
     dweight       [V_local, H], complete on its rank, never communicated
     ============  ==================================================================================
@@ -17,7 +17,7 @@ Steps in brackets run under sequence parallelism only. Shapes on a rank, ``T`` t
 Any loss is ordinary PyTorch on the statistics; what comes back is one upstream gradient per token and statistic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,17 +29,20 @@ from torch.distributed import ProcessGroup
 
 from vocab_parallel_fused.collectives import gather_hidden, gather_stats, rank_and_size, reduce_hidden_grad
 from vocab_parallel_fused.dispatch import Kernels
+from vocab_parallel_fused.kernels.sweep import GradBuffers
 from vocab_parallel_fused.sharding import VocabShard
-from vocab_parallel_fused.stats import TokenStats
+from vocab_parallel_fused.stats import TokenStats, Wanted, dlogits_coefficients, whole_stats
+from vocab_parallel_fused.transform import LogitTransform
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every step needs beside tensors, checked and resolved."""
+    """What every step needs beside the tensors of the linear layer, checked and resolved."""
 
     shard: VocabShard
     group: ProcessGroup | None
     sequence_parallel: bool
+    transform: LogitTransform
     kernels: Kernels
     workspace_bytes: int
     combine: str
@@ -52,63 +55,123 @@ class Plan:
 class _TokenStatsFunction(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan, anchor: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        wanted: Wanted,
+        plan: Plan,
+        anchor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
-        rows = plan.shard.num_valid_rows
-        target_row = plan.shard.local_rows(target)
+        shard = plan.shard
+        rows = shard.num_valid_rows
+        target_row = shard.local_rows(target)
         with _local_steps(hidden):
             local = plan.kernels.local_stats(
-                plan.gather_hidden(hidden), weight[:rows], None if bias is None else bias[:rows], target_row
+                plan.gather_hidden(hidden),
+                weight[:rows],
+                None if bias is None else bias[:rows],
+                target_row,
+                class_weight,
+                transform=plan.transform,
+                wanted=wanted,
             )
-        stats, num_classes = gather_stats(local, rows, plan.group, plan.combine)
+        if local.argmax is not None:
+            local = local._replace(argmax=local.argmax + shard.start)
+        whole, num_classes = gather_stats(local, rows, plan.group, plan.combine)
+        stats = whole_stats(whole)
         ctx.plan = plan
-        ctx.save_for_backward(hidden, weight, bias, target_row, local.target_logit, stats.lse)
-        ctx.mark_non_differentiable(*(t for t in (stats.owners, num_classes) if t is not None))
-        return *stats, num_classes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            bias,
+            target_row,
+            class_weight,
+            local.target_logit,
+            whole.max_logit,
+            whole.sum_exp,
+            whole.sum_exp_logit,
+        )
+        ctx.mark_non_differentiable(
+            *(t for t in (stats.max_logit, stats.argmax, whole.owners, num_classes) if t is not None)
+        )
+        return *stats, whole.owners, num_classes
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_lse: Tensor, grad_target_logit: Tensor, *_grads: None
+        ctx: Any,
+        _grad_max_logit: None,
+        grad_lse: Tensor | None,
+        grad_target_logit: Tensor | None,
+        grad_logit_sum: Tensor | None,
+        grad_expected_logit: Tensor | None,
+        *_grads: None,
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # `once_differentiable` would return gradients that look constant, so a gradient penalty would vanish.
             raise RuntimeError("linear_cross_entropy has no second derivative: call its backward without create_graph")
         plan: Plan = ctx.plan
-        hidden, weight, bias, target_row, target_logit, lse = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        # Other ranks wait for this rank's share even if the hidden states are frozen here.
-        needs_hidden = needs_hidden or rank_and_size(plan.group)[1] > 1
-        rows = plan.shard.num_valid_rows
-        full_hidden = plan.gather_hidden(hidden)
-        dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-        dweight = None
-        if needs_weight:
-            dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
-        dbias = _empty_grad(bias, rows) if needs_bias else None
-        with _local_steps(hidden):
+        hidden, weight, bias, target_row, class_weight, target_logit, max_logit, sum_exp, sum_exp_logit = (
+            ctx.saved_tensors
+        )
+        if grad_target_logit is None:
+            grad_target_logit = torch.zeros_like(target_logit)
+        coefficients = dlogits_coefficients(
+            sum_exp, sum_exp_logit, grad_lse, grad_target_logit, grad_logit_sum, grad_expected_logit
+        )
+
+        def local_grads(full_hidden: Tensor, weight: Tensor, bias: Tensor | None, buffers: GradBuffers) -> None:
             plan.kernels.local_grads(
                 full_hidden,
-                weight[:rows],
-                None if bias is None else bias[:rows],
+                weight,
+                bias,
                 target_row,
                 target_logit,
-                lse,
-                grad_lse,
-                grad_target_logit,
-                dhidden=dhidden,
-                dweight=None if dweight is None else dweight[:rows],
-                accumulate_dweight=plan.main_grad is not None,
-                dbias=None if dbias is None else dbias[:rows],
+                class_weight,
+                max_logit,
+                coefficients,
+                buffers,
+                transform=plan.transform,
                 workspace_bytes=plan.workspace_bytes,
             )
-        if dhidden is not None:
-            dhidden = reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel)
-        if not ctx.needs_input_grad[0]:
-            dhidden = None
-        if plan.main_grad is not None:
-            dweight = None
-        return dhidden, dweight, dbias, None, None, None
+
+        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, plan, local_grads), *[None] * 5
+
+
+def _head_grads(
+    needs_input_grad: Sequence[bool],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    local_grads: Callable[[Tensor, Tensor, Tensor | None, GradBuffers], None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a head's first three inputs, from the step that computes this shard's from all tokens."""
+    needs_hidden, needs_weight, needs_bias, *_ = needs_input_grad
+    # Other ranks wait for this rank's share even if the hidden states are frozen here.
+    needs_dhidden = needs_hidden or rank_and_size(plan.group)[1] > 1
+    rows = plan.shard.num_valid_rows
+    full_hidden = plan.gather_hidden(hidden)
+    dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_dhidden else None
+    dweight = None
+    if needs_weight:
+        dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
+    dbias = _empty_grad(bias, rows) if needs_bias and bias is not None else None
+    buffers = GradBuffers(
+        dhidden,
+        None if dweight is None else dweight[:rows],
+        None if dbias is None else dbias[:rows],
+        accumulate_dweight=plan.main_grad is not None,
+    )
+    with _local_steps(hidden):
+        local_grads(full_hidden, weight[:rows], None if bias is None else bias[:rows], buffers)
+    if dhidden is not None:
+        dhidden = reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel)
+    return dhidden if needs_hidden else None, dweight if plan.main_grad is None else None, dbias
 
 
 @contextmanager
@@ -127,14 +190,27 @@ def _empty_grad(parameter: Tensor, rows: int) -> Tensor:
 
 @torch.compiler.disable
 def token_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan
-) -> tuple[TokenStats, Tensor | None]:
-    """Differentiable statistics of the whole vocabulary for every token, and how many classes the ranks hold together.
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    wanted: Wanted,
+    plan: Plan,
+) -> tuple[TokenStats, Tensor, Tensor | None]:
+    """Differentiable statistics of the whole vocabulary for every token, how many ranks hold each target ``[T, K]``,
+    and how many classes the ranks hold together.
 
     With more than one rank, the result requires a gradient whenever gradients are enabled, even if nothing here does:
     a rank with frozen inputs must still take part in the backward's collectives, which the other ranks enter.
     """
+    *stats, owners, num_classes = _TokenStatsFunction.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, weight, bias, target, class_weight, wanted, plan, _anchor(hidden, plan)
+    )
+    return TokenStats(*stats), owners, num_classes
+
+
+def _anchor(hidden: Tensor, plan: Plan) -> Tensor | None:
+    """An input that requires a gradient, if there are other ranks."""
     several_ranks = rank_and_size(plan.group)[1] > 1
-    anchor = hidden.new_empty(0).requires_grad_() if several_ranks and torch.is_grad_enabled() else None
-    *stats, num_classes = _TokenStatsFunction.apply(hidden, weight, bias, target, plan, anchor)
-    return TokenStats(*stats), num_classes
+    return hidden.new_empty(0).requires_grad_() if several_ranks and torch.is_grad_enabled() else None

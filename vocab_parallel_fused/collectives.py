@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from vocab_parallel_fused.stats import TokenStats, merge_stats
+from vocab_parallel_fused.stats import PartStats, measured_from, merge_stats
 
 Group = ProcessGroup | DeviceMesh | None
 """What users may pass as a group; None is a single rank, never the default world."""
@@ -53,37 +53,71 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 
 
 def gather_stats(
-    local: TokenStats, num_rows: int, group: ProcessGroup | None, combine: str
-) -> tuple[TokenStats, Tensor | None]:
+    local: PartStats, num_rows: int, group: ProcessGroup | None, combine: str
+) -> tuple[PartStats, Tensor | None]:
     """Statistics of the whole vocabulary from those of each rank's shard: the same bits on all ranks.
 
     Args:
-        local: ``[T]`` each, of this rank's shard.
-        num_rows: how many classes the shard holds. The number travels as one more token.
+        local: of this rank's shard, ``argmax`` as global ids.
+        num_rows: how many classes the shard holds. The number travels with the statistics.
         combine: see :class:`~vocab_parallel_fused.ComputeOptions`.
 
     Returns:
-        The statistics, and how many classes all shards hold, a number on the device; None for a single rank.
+        The statistics, and how many classes all shards hold, an int64 on the device; None for a single rank.
     """
     _, world_size = rank_and_size(group)
     if world_size == 1:
         return local, None
-    packed = F.pad(torch.stack(local), (0, 1))  # [3, T + 1]
-    packed[2, -1] = num_rows
     if combine == "all_gather":
-        parts = packed.new_empty(world_size, *packed.shape)
-        _all_gather(parts.flatten(0, 1), packed, group=group)
-        merged = merge_stats(parts)
-    else:
-        max_lse = packed[0].clone()
-        dist.all_reduce(max_lse, dist.ReduceOp.MAX, group=group)
-        # Where every shard is −inf the reference must be finite, or −inf − −inf would make a NaN.
-        reference = max_lse.masked_fill(max_lse == -torch.inf, 0.0)
-        packed[0] = torch.exp(packed[0] - reference)
-        dist.all_reduce(packed, group=group)
-        sum_exp, target_logit, owners = packed.unbind()
-        merged = TokenStats(reference + torch.log(sum_exp), target_logit, owners)
-    return TokenStats(*(column[:-1] for column in merged)), merged.owners[-1]
+        parts, rows = _unpack(gather_stacked(_pack(local, num_rows), group), local)
+        if local.argmax is not None:
+            parts = parts._replace(argmax=gather_stacked(local.argmax, group))
+        return merge_stats(parts), _num_classes(rows.sum(dim=0))
+    max_logit = local.max_logit.clone()
+    dist.all_reduce(max_logit, dist.ReduceOp.MAX, group=group)
+    aligned = measured_from(local, max_logit)
+    message = _pack(aligned, num_rows)
+    dist.all_reduce(message, group=group)
+    whole, rows = _unpack(message, local)
+    if aligned.argmax is not None:
+        dist.all_reduce(aligned.argmax, dist.ReduceOp.MIN, group=group)
+    return whole._replace(max_logit=max_logit, argmax=aligned.argmax), _num_classes(rows)
+
+
+def gather_stacked(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """``[R, *]``, one ``[*]`` of each rank."""
+    gathered = tensor.new_empty(rank_and_size(group)[1], *tensor.shape)
+    _all_gather(gathered.flatten(), tensor.flatten(), group=group)
+    return gathered
+
+
+# fp32 counts to 2²⁴, so a number of rows travels as two digits.
+_DIGIT = 2**12
+
+
+def _pack(part: PartStats, num_rows: int) -> Tensor:
+    """One message with all statistics but the argmax, and the digits of the number of rows."""
+    fields = [field.flatten() for field in part[:-1] if field is not None]
+    message = F.pad(torch.cat(fields), (0, 2))
+    message[-2] = num_rows // _DIGIT
+    message[-1] = num_rows % _DIGIT
+    return message
+
+
+def _unpack(message: Tensor, like: PartStats) -> tuple[PartStats, Tensor]:
+    """The statistics in messages ``[*, N]``, except the argmax, and the digits ``[*, 2]``."""
+    sizes = [0 if field is None else field.numel() for field in like[:-1]]
+    *chunks, rows = message.split([*sizes, 2], dim=-1)
+    fields = [
+        None if field is None else chunk.unflatten(-1, field.shape)
+        for chunk, field in zip(chunks, like[:-1], strict=True)
+    ]
+    return PartStats._make([*fields, None]), rows
+
+
+def _num_classes(rows: Tensor) -> Tensor:
+    high, low = rows.to(torch.int64).unbind()
+    return high * _DIGIT + low
 
 
 def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from vocab_parallel_fused.kernels import eager
 from vocab_parallel_fused.options import Impl
-from vocab_parallel_fused.stats import TokenStats
+from vocab_parallel_fused.stats import PartStats
 
 
 class Kernels(NamedTuple):
     """The local steps of one implementation. Signatures and shapes: ``kernels/eager.py``."""
 
-    local_stats: Callable[..., TokenStats]
+    local_stats: Callable[..., PartStats]
     local_grads: Callable[..., None]
 
 

@@ -1,48 +1,181 @@
-"""Per-token statistics: how those of parts of the vocabulary merge, and the losses they give: PyTorch on [T].
+"""Per-token statistics of logits: those of parts of the vocabulary, how parts merge, and those of the whole.
 
-The statistics of a part of the vocabulary and those of the whole have one form, so a tile, a shard and the full
-vocabulary are all described by a :class:`TokenStats`, and merging is associative.
+The statistics of a tile, a shard and the full vocabulary are one kind of thing, :class:`PartStats`, and any two merge.
+Logits enter them as differences from the part's largest one. So a sum of exponentials neither overflows nor loses the
+small terms beside a large logit: a confident token's loss is as precise as fp32 can hold it.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# Larger than any id, also when the start of a shard is added to it.
+_NO_CLASS = 2**62
 
-class TokenStats(NamedTuple):
-    """What the loss needs to know of a part of the vocabulary for each of ``T`` tokens, in fp32 (fp64 for fp64)."""
 
-    lse: Tensor
-    """[T] ``log Σ_j exp(z_j)`` over the part; −inf where the part is empty."""
+class Wanted(NamedTuple):
+    """Which statistics to compute beside the softmax's own, which are always there."""
+
+    logit_sum: bool = False
+    expected_logit: bool = False
+    argmax: bool = False
+
+
+class PartStats(NamedTuple):
+    """Statistics of a part of the vocabulary for each of ``T`` tokens, in fp32 (fp64 for fp64); None: not wanted."""
+
+    max_logit: Tensor
+    """[T] ``m = max_j z_j`` over the part; −inf where the part is empty."""
+
+    sum_exp: Tensor
+    """[T] ``Σ_j exp(z_j − m)``; 0 where the part is empty."""
 
     target_logit: Tensor
-    """[T] ``z_y`` where the part holds the target row ``y``, else 0."""
+    """[T, K] ``z_y`` where the part holds the target row ``y``, else 0. ``K`` targets per token, 0 or more."""
 
     owners: Tensor
-    """[T] how many shards of the part hold the target row: 0 or 1 on a rank, 1 overall if they tile the vocabulary."""
+    """[T, K] how many shards of the part hold the target row: 0 or 1 on a rank, 1 overall if they tile the
+    vocabulary."""
+
+    logit_sum: Tensor | None = None
+    """[T] ``Σ_j c_j z_j``, with class weights ``c`` or 1."""
+
+    sum_exp_logit: Tensor | None = None
+    """[T] ``Σ_j exp(z_j − m) (z_j − m)``, at most 0."""
+
+    argmax: Tensor | None = None
+    """[T] int64 the class of the largest logit, the smallest of several."""
 
 
-def merge_stats(parts: Tensor) -> TokenStats:
-    """Merge packed statistics ``[R, 3, T]`` of disjoint parts, in order.
+class TokenStats(NamedTuple):
+    """Statistics of the whole vocabulary for each of ``T`` tokens: differentiable but for ``max_logit``, ``argmax``.
 
-    ``lse = logsumexp_r(lse_r)``; the other two are sums. A part with ``lse = −inf`` contributes nothing, and all parts
-    −inf give −inf.
+    ``lse``, ``target_logit`` and ``expected_logit`` are measured from ``max_logit``. Their differences, which are what
+    losses are made of, need no more; to have one of them in full, add it: since a constant added to all logits changes
+    no difference, treating ``max_logit`` as a constant leaves every gradient exact.
     """
-    lse, target_logit, owners = parts.unbind(dim=1)
-    return TokenStats(torch.logsumexp(lse, dim=0), target_logit.sum(dim=0), owners.sum(dim=0))
+
+    max_logit: Tensor
+    """[T] ``max_j z_j``, no gradient."""
+
+    lse: Tensor
+    """[T] ``log Σ_j exp(z_j − max_logit)``, at least 0."""
+
+    target_logit: Tensor
+    """[T, K] ``z_y − max_logit`` of each target."""
+
+    logit_sum: Tensor | None
+    """[T] ``Σ_j c_j z_j``, not measured from ``max_logit``."""
+
+    expected_logit: Tensor | None
+    """[T] ``Σ_j p_j (z_j − max_logit)``."""
+
+    argmax: Tensor | None
+    """[T] int64, no gradient; −1 where the logits hold a NaN."""
 
 
-def cross_entropy(stats: TokenStats, valid: Tensor) -> Tensor:
-    """[T] ``−log p_y = lse − z_y``, and exactly 0 (also its gradient) where ``valid`` is False."""
-    return torch.where(valid, stats.lse - stats.target_logit, 0.0)
+class DlogitsCoefficients(NamedTuple):
+    """All that a loss needs to say about the gradient of its logits: a few numbers per token.
+
+    ``dz_j = exp(u_j) · (level + slope · u_j) + grad_logit_sum · c_j + Σ_k [j = y_k] grad_target_logit_k``,
+    ``u_j = z_j − max_logit``; None stands for zero.
+    """
+
+    level: Tensor  # [T]
+    slope: Tensor | None  # [T]
+    grad_logit_sum: Tensor | None  # [T]
+    grad_target_logit: Tensor  # [T, K]
+
+    def times(self, factor: Tensor) -> DlogitsCoefficients:
+        """The coefficients of ``factor`` times the gradient."""
+        return self._make(None if field is None else field * factor for field in self)
+
+    def bound(self, class_weight: Tensor | None) -> Tensor:
+        """[T] a bound of every ``|dz_j|``, since ``exp(u) <= 1`` and ``exp(u) |u| < 1`` for ``u <= 0``."""
+        bound = self.level.abs() + self.grad_target_logit.abs().sum(dim=1)
+        if self.slope is not None:
+            bound = bound + self.slope.abs()
+        if self.grad_logit_sum is not None:
+            largest = 1.0 if class_weight is None else class_weight.abs().amax()
+            bound = bound + self.grad_logit_sum.abs() * largest
+        return bound
 
 
-def reduce_loss(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
-    """Reduce ``[T]`` losses as torch does, except that the mean over no valid token is 0 and not NaN."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    num_valid_tokens = valid.sum().clamp(min=1)
-    return loss.sum() / num_valid_tokens
+def empty_stats(target_row: Tensor, dtype: torch.dtype, wanted: Wanted) -> PartStats:
+    """Statistics of no class at all, which any part merges into; ``target_row`` ``[T, K]``: −1 where not held."""
+    zero = torch.zeros(target_row.shape[0], dtype=dtype, device=target_row.device)
+    return PartStats(
+        max_logit=torch.full_like(zero, -torch.inf),
+        sum_exp=zero,
+        target_logit=torch.zeros_like(target_row, dtype=dtype),
+        owners=(target_row >= 0).to(dtype),
+        logit_sum=zero.clone() if wanted.logit_sum else None,
+        sum_exp_logit=zero.clone() if wanted.expected_logit else None,
+        argmax=torch.full_like(zero, _NO_CLASS, dtype=torch.int64) if wanted.argmax else None,
+    )
+
+
+def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
+    """The same part with its exponentials measured from another maximum, and no argmax where that is larger.
+
+    Parts measured from their common maximum merge by adding all but the argmax, of which the smallest counts.
+    """
+    # Where every class is −inf the reference must be finite, or −inf − −inf would make a NaN.
+    reference = max_logit.masked_fill(max_logit == -torch.inf, 0.0)
+    shift = part.max_logit - reference
+    scale = torch.exp(shift)
+    sum_exp = part.sum_exp * scale
+    sum_exp_logit = part.sum_exp_logit
+    if sum_exp_logit is not None:
+        sum_exp_logit = sum_exp_logit * scale + sum_exp * shift.masked_fill(shift == -torch.inf, 0.0)
+    argmax = part.argmax
+    if argmax is not None:
+        argmax = torch.where(part.max_logit == max_logit, argmax, _NO_CLASS)
+    return part._replace(max_logit=max_logit, sum_exp=sum_exp, sum_exp_logit=sum_exp_logit, argmax=argmax)
+
+
+def merge_stats(parts: PartStats) -> PartStats:
+    """Merge disjoint parts, stacked along a first dimension of every field."""
+    max_logit = parts.max_logit.amax(dim=0)
+    aligned = measured_from(parts, max_logit)
+    sums = [None if field is None else field.sum(dim=0) for field in aligned[1:-1]]
+    argmax = None if aligned.argmax is None else aligned.argmax.amin(dim=0)
+    return PartStats._make([max_logit, *sums, argmax])
+
+
+def whole_stats(whole: PartStats) -> TokenStats:
+    """What the statistics of the whole vocabulary say of each token."""
+    max_logit, sum_exp, target_logit, _, logit_sum, sum_exp_logit, argmax = whole
+    return TokenStats(
+        max_logit,
+        sum_exp.log(),
+        target_logit - max_logit[:, None],
+        logit_sum,
+        None if sum_exp_logit is None else sum_exp_logit / sum_exp,
+        None if argmax is None else argmax.masked_fill(sum_exp.isnan(), -1),
+    )
+
+
+def dlogits_coefficients(
+    sum_exp: Tensor,
+    sum_exp_logit: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_target_logit: Tensor,
+    grad_logit_sum: Tensor | None,
+    grad_expected_logit: Tensor | None,
+) -> DlogitsCoefficients:
+    """Coefficients from the sums ``[T]`` of the whole vocabulary and upstream gradients; None stands for zero.
+
+    With ``p_j = exp(u_j) / sum_exp``: ``∂lse/∂z_j = p_j``, ``∂expected_logit/∂z_j = p_j (1 + u_j − expected_logit)``.
+    """
+    level = torch.zeros_like(sum_exp) if grad_lse is None else grad_lse
+    slope = None
+    if grad_expected_logit is not None:
+        assert sum_exp_logit is not None
+        slope = grad_expected_logit / sum_exp
+        # In this order: the two gradients of an entropy are opposite and cancel exactly.
+        level = (level + grad_expected_logit) - slope * sum_exp_logit
+    return DlogitsCoefficients(level / sum_exp, slope, grad_logit_sum, grad_target_logit)
