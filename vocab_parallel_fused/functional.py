@@ -21,7 +21,7 @@ from vocab_parallel_fused.arguments import (
 )
 from vocab_parallel_fused.autograd import token_stats
 from vocab_parallel_fused.collectives import Group
-from vocab_parallel_fused.losses import cross_entropy
+from vocab_parallel_fused.cross_entropy import cross_entropy
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
 from vocab_parallel_fused.stats import TokenStats, Wanted
@@ -251,9 +251,8 @@ def _token_stats(
     shard = head.plan.shard
     if class_weight is not None:
         class_weight = class_weight[shard.start : shard.start + shard.num_valid_rows] if wanted.logit_sum else None
-    stats, owners, num_classes = token_stats(  # pyright: ignore[reportCallIssue]
-        head.hidden, head.weight, head.bias, labels, class_weight, wanted, head.plan
-    )
+    inputs = (head.hidden, head.weight, head.bias, labels, class_weight)
+    stats, owners, num_classes = token_stats(*inputs, wanted, head.plan)  # pyright: ignore[reportCallIssue]
     check_shards(num_classes, shard)
     check_owners(owners, labels, valid)
     return stats
