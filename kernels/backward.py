@@ -128,7 +128,7 @@ def target_dlogits_kernel(
     level_ptr,  # [T]
     slope_ptr,  # [T] or None
     grad_logit_sum_ptr,  # [T] or None
-    grad_target_logit_ptr,  # [T, K]
+    grad_target_logit_ptr,  # [T, K], the same for the same class of a token
     dlogits_ptr,  # [T, V] out, written at the targets
     T,
     V,
@@ -157,17 +157,35 @@ def target_dlogits_kernel(
         if class_weight_ptr is not None:
             grad_logit_sum *= tl.load(class_weight_ptr + target_row, mask=owned, other=0.0)
         dlogit += grad_logit_sum
-    # A class may be a target of its token several times: all write the sum.
-    for k in range(K):
-        same = target_row == tl.load(target_row_ptr + rows_t * K + k, mask=owned, other=-1)
-        grad_target_logit = tl.load(grad_target_logit_ptr + rows_t * K + k, mask=owned, other=0.0)
-        dlogit += tl.where(same, grad_target_logit, 0.0)
+    dlogit += tl.load(grad_target_logit_ptr + offs_n, mask=owned, other=0.0)
     dlogit = times_derivative(dlogit, z, inner, outer, TRANSFORM)
     tl.store(
         dlogits_ptr + rows_t.to(tl.int64) * stride_dlogits_t + column,
         dlogit.to(dlogits_ptr.dtype.element_ty),
         mask=owned,
     )
+
+
+@triton.jit
+def add_repeated_kernel(
+    target_row_ptr,  # [T, K] int64
+    grad_target_logit_ptr,  # [T, K]
+    sum_ptr,  # [T, K] out
+    T,
+    K,
+    BLOCK_N: tl.constexpr,
+):
+    """Each target's gradient added over the times that its token has the same target."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < T * K
+    first_of_token = offs_n // K * K
+    target_row = tl.load(target_row_ptr + offs_n, mask=mask_n, other=-1)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for k in range(K):
+        same = target_row == tl.load(target_row_ptr + first_of_token + k, mask=mask_n, other=-1)
+        grad = tl.load(grad_target_logit_ptr + first_of_token + k, mask=mask_n, other=0.0)
+        total += tl.where(same, grad, 0.0)
+    tl.store(sum_ptr + offs_n, total, mask=mask_n)
 
 
 def local_grads(
@@ -195,6 +213,15 @@ def local_grads(
     # Losses may leave gradients of any stride, 0 among them.
     coefficients = coefficients._make(None if field is None else field.contiguous() for field in coefficients)
 
+    num_targets = target_row.shape[1]
+    if num_targets > 1:
+        # Every one of them writes the same dlogit.
+        total = torch.empty_like(coefficients.grad_target_logit)
+        add_repeated_kernel[(triton.cdiv(total.numel(), _TARGET_LAUNCH["BLOCK_N"]),)](
+            target_row, coefficients.grad_target_logit, total, total.shape[0], num_targets, **_TARGET_LAUNCH
+        )
+        coefficients = coefficients._replace(grad_target_logit=total)
+
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
         level, slope, grad_logit_sum, grad_target_logit = (
             None if field is None else field[tokens] for field in coefficients
@@ -213,7 +240,6 @@ def local_grads(
             **of_tokens,
             **operand_kwargs(hidden[tokens], weight[rows], None if bias is None else bias[rows], transform, arch, tile),
         )
-        num_targets = target_row.shape[1]
         if num_targets > 0:
             target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
                 target_row_ptr=target_row[tokens],

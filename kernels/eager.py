@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vocab_parallel_fused.kernels.sweep import GradBuffers, sweep_grads
-from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats, merge_stats
+from vocab_parallel_fused.kernels.sweep import GradBuffers, slices, sweep_grads
+from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats, merge_stats, top_k_order
 from vocab_parallel_fused.transform import LogitTransform
 
 _TILE_TOKENS = 1024
@@ -149,6 +149,38 @@ def local_grads(
         tile=(32, 32),
         largest=(_TILE_TOKENS, _TILE_ROWS),
     )
+
+
+def local_top_k(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    transform: LogitTransform,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest logits ``[T, k]`` of this shard and their rows, of several equal ones the smallest rows.
+
+    In no particular order. −inf and row −1 fill up where the shard has fewer than ``k`` rows.
+
+    Args:
+        hidden, weight, bias, transform: as in :func:`local_stats`.
+        k: how many, at least 1.
+        workspace_bytes: memory for a block of logits.
+    """
+    del workspace_bytes  # a tile, as in the other steps
+    T, V = hidden.shape[0], weight.shape[0]
+    top_logit = hidden.new_full((T, k), -torch.inf, dtype=_accumulator_dtype(hidden))
+    top_row = hidden.new_full((T, k), -1, dtype=torch.int64)
+    for tokens in slices(T, _TILE_TOKENS):
+        for rows in slices(V, _TILE_ROWS):
+            logits = transform.apply_(_raw_logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]))
+            row = torch.arange(rows.start, rows.stop, device=hidden.device).expand_as(logits)
+            logits, row = torch.cat((top_logit[tokens], logits), 1), torch.cat((top_row[tokens], row), 1)
+            order = top_k_order(logits, row, k)
+            top_logit[tokens], top_row[tokens] = logits.gather(1, order), row.gather(1, order)
+    return top_logit, top_row
 
 
 def _accumulator_dtype(tensor: Tensor) -> torch.dtype:

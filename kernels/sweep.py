@@ -38,7 +38,8 @@ def even_block(total: int, largest: int, tile: int) -> int:
     return -(-num_tiles // num_blocks) * tile
 
 
-def _slices(total: int, block: int) -> Iterator[slice]:
+def slices(total: int, block: int) -> Iterator[slice]:
+    """Blocks of ``[0, total)``."""
     return (slice(start, min(start + block, total)) for start in range(0, total, block))
 
 
@@ -92,13 +93,13 @@ def sweep_grads(
     dhidden_sum = dhidden
     if dhidden is not None and dhidden.dtype != dtype:
         dhidden_sum = torch.empty(T, H, dtype=dtype, device=dhidden.device)
-    for rows in _slices(V, block_v):
+    for rows in slices(V, block_v):
         dweight_rows = None if dweight is None else dweight[rows]
         dweight_sum = dweight_rows
         if dweight_rows is not None and not dweight_takes_sum:
             dweight_sum = torch.empty(dweight_rows.shape, dtype=dtype, device=dweight_rows.device)
         dbias_sum = None if dbias is None else dbias.new_zeros(rows.stop - rows.start, dtype=dtype)
-        for tokens in _slices(T, block_t):
+        for tokens in slices(T, block_t):
             dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
             write_dlogits(tokens, rows, dlogits)
             if dhidden_sum is not None:

@@ -26,7 +26,7 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vocab_parallel_fused.kernels import backward, forward
+    from vocab_parallel_fused.kernels import backward, forward, selection
     from vocab_parallel_fused.kernels.configs import has_tensor_descriptors, tile_config
 
     elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -87,6 +87,8 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             if not has_bias:
                 constants["bias_ptr"] = None
             about = f"{element} {descriptors=} {transform=}"
+            if has_bias:
+                build(selection.logits_kernel, types | {"logits_ptr": "*fp32"}, constants, options, about)
             for kernel in (forward.partial_stats_kernel, backward.dlogits_kernel):
                 names = optional[kernel]
                 chosen = [names] if transform == "softcap" else [()]
@@ -102,6 +104,9 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         for transform, present in (("identity", ()), ("softcap", optional[kernel])):
             constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | without(kernel, present)
             build(kernel, types, constants, {}, f"{element} {transform=}")
+    build(backward.add_repeated_kernel, scalars, backward._TARGET_LAUNCH, {}, "")
+    constants = {"BLOCK_V": selection._LARGEST_BLOCK, "BLOCK_K": 128}
+    build(selection.keep_top_k_kernel, {"top_row_ptr": "*i64"}, constants, selection._KEEP_LAUNCH, "")
     for first, present in ((True, ()), (False, optional[forward.merge_partials_kernel])):
         absent = {
             f"{prefix}{name}_ptr": None
@@ -128,6 +133,9 @@ def test_compiles(arch: str) -> None:
         "target_logit_kernel",
         "dlogits_kernel",
         "target_dlogits_kernel",
+        "add_repeated_kernel",
+        "logits_kernel",
+        "keep_top_k_kernel",
     }
     assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
     if arch == "sm_90":

@@ -27,7 +27,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from vocab_parallel_fused.collectives import gather_hidden, gather_stats, rank_and_size, reduce_hidden_grad
+from vocab_parallel_fused.collectives import (
+    gather_hidden,
+    gather_stats,
+    gather_top_k,
+    rank_and_size,
+    reduce_hidden_grad,
+)
 from vocab_parallel_fused.dispatch import Kernels
 from vocab_parallel_fused.kernels.sweep import GradBuffers
 from vocab_parallel_fused.sharding import VocabShard
@@ -208,6 +214,27 @@ def token_stats(
         hidden, weight, bias, target, class_weight, wanted, plan, _anchor(hidden, plan)
     )
     return TokenStats(*stats), owners, num_classes
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def top_k_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, plan: Plan) -> Tensor:
+    """Ids ``[T, k]`` of the most probable classes of each token, the same on all ranks.
+
+    Steps: [gather_hidden]  →  local_top_k  →  gather_top_k.
+    """
+    rows = plan.shard.num_valid_rows
+    with _local_steps(hidden):
+        logit, row = plan.kernels.local_top_k(
+            plan.gather_hidden(hidden),
+            weight[:rows],
+            None if bias is None else bias[:rows],
+            k,
+            transform=plan.transform,
+            workspace_bytes=plan.workspace_bytes,
+        )
+    _, index = gather_top_k(logit, torch.where(row >= 0, row + plan.shard.start, -1), plan.group)
+    return index
 
 
 def _anchor(hidden: Tensor, plan: Plan) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from vocab_parallel_fused.stats import PartStats, measured_from, merge_stats
+from vocab_parallel_fused.stats import PartStats, measured_from, merge_stats, top_k_order
 
 Group = ProcessGroup | DeviceMesh | None
 """What users may pass as a group; None is a single rank, never the default world."""
@@ -82,6 +82,18 @@ def gather_stats(
     if aligned.argmax is not None:
         dist.all_reduce(aligned.argmax, dist.ReduceOp.MIN, group=group)
     return whole._replace(max_logit=max_logit, argmax=aligned.argmax), _num_classes(rows)
+
+
+def gather_top_k(logit: Tensor, index: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest logits ``[T, k]`` of all shards and their global ids, descending, from those of each shard.
+
+    Of several equal logits those of smaller ids count. An id below 0 stands for none.
+    """
+    k = logit.shape[1]
+    if rank_and_size(group)[1] > 1:
+        logit, index = (gather_stacked(part, group).movedim(0, 1).flatten(1) for part in (logit, index))
+    order = top_k_order(logit, index, k)
+    return logit.gather(1, order), index.gather(1, order)
 
 
 def gather_stacked(tensor: Tensor, group: ProcessGroup | None) -> Tensor:

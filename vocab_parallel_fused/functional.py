@@ -19,14 +19,16 @@ from vocab_parallel_fused.arguments import (
     resolve_target,
     resolve_token_weight,
 )
-from vocab_parallel_fused.autograd import token_stats
+from vocab_parallel_fused.autograd import token_stats, top_k_classes
 from vocab_parallel_fused.collectives import Group
 from vocab_parallel_fused.cross_entropy import cross_entropy
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
-from vocab_parallel_fused.stats import TokenStats, Wanted
+from vocab_parallel_fused.stats import TokenStats, Wanted, top_k_order
 
 Reduction = Literal["none", "mean", "sum"]
+
+_LARGEST_K = 128
 
 
 def linear_cross_entropy(
@@ -228,6 +230,47 @@ def linear_token_stats(
     if stats.argmax is not None and "target_is_argmax" in names:
         values["target_is_argmax"] = (valid & (labels == stats.argmax[:, None])).view(labels_shape)
     return LinearTokenStats(**values)
+
+
+class LinearTopK(NamedTuple):
+    """The most probable classes of each token, in descending order."""
+
+    log_prob: Tensor
+    """``(*, k)`` their log-probabilities over all classes, fp32 (fp64 for fp64 inputs). Differentiable."""
+
+    class_id: Tensor
+    """``(*, k)`` int64 global ids."""
+
+
+def linear_top_k(input: Tensor, linear_weight: Tensor, k: int, **arguments: Unpack[LinearArguments]) -> LinearTopK:
+    r"""The ``k`` most probable classes of a linear layer whose classes are sharded over a group.
+
+    What distillation stores of a teacher. Two passes over the classes: one selects, block by block of logits in
+    ``options.workspace_bytes``; the other is :func:`linear_token_stats` of what it selected. Every rank gets the same
+    classes, of several equal logits those of smaller ids. Communication: the ``k`` largest logits of each shard and
+    their ids, then as :func:`linear_token_stats`.
+
+    Args:
+        input, linear_weight: as in :func:`linear_cross_entropy`.
+        k: how many, at most 128 and at most the number of classes.
+        **arguments: as in :func:`linear_token_stats`.
+
+    Raises:
+        TypeError, ValueError: as in :func:`linear_cross_entropy`, or ``k`` is out of its range.
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k must be an int, got {k!r}")
+    head = resolve_head(input, linear_weight, **arguments)
+    largest = min(_LARGEST_K, head.plan.shard.vocab_size)
+    if not 1 <= k <= largest:
+        raise ValueError(f"k must be in [1, {largest}], got {k}")
+    index = top_k_classes(head.hidden, head.weight, head.bias, k, head.plan)  # pyright: ignore[reportCallIssue]
+    stats = _token_stats(head, index, torch.ones_like(index, dtype=torch.bool), Wanted())
+    # Selected from one product and computed by another, neighbours may have changed places by rounding.
+    order = top_k_order(stats.target_logit.detach(), index, k)
+    log_prob = (stats.target_logit - stats.lse[:, None]).gather(1, order)
+    shape = (*head.token_shape, k)
+    return LinearTopK(log_prob.view(shape), index.gather(1, order).view(shape))
 
 
 def _resolve_outputs(outputs: Collection[str] | None, *, has_target: bool) -> set[str]:

@@ -179,3 +179,14 @@ def dlogits_coefficients(
         # In this order: the two gradients of an entropy are opposite and cancel exactly.
         level = (level + grad_expected_logit) - slope * sum_exp_logit
     return DlogitsCoefficients(level / sum_exp, slope, grad_logit_sum, grad_target_logit)
+
+
+def top_k_order(logit: Tensor, index: Tensor, k: int) -> Tensor:
+    """Where the ``k`` largest of ``[T, N]`` logits are, ``[T, k]``: descending, of equal ones smaller classes first.
+
+    A class below 0 stands for no class, and comes last.
+    """
+    # Two stable sorts: by the class, then by what matters more.
+    by_class = index.masked_fill(index < 0, _NO_CLASS).argsort(dim=1, stable=True)
+    by_logit = logit.gather(1, by_class).argsort(dim=1, descending=True, stable=True)
+    return by_class.gather(1, by_logit[:, :k])
