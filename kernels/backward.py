@@ -28,7 +28,7 @@ from vocab_parallel_fused.kernels.tiles import (
     transform_kwargs,
 )
 from vocab_parallel_fused.stats import DlogitsCoefficients
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.transform import Operands
 
 _TARGET_LAUNCH: dict[str, Any] = {"BLOCK_N": 128}
 
@@ -189,20 +189,17 @@ def add_repeated_kernel(
 
 
 def local_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Operands,
     target_row: Tensor,
     target_logit: Tensor,
     class_weight: Tensor | None,
     max_logit: Tensor,
     coefficients: DlogitsCoefficients,
     buffers: GradBuffers,
-    *,
-    transform: LogitTransform,
     workspace_bytes: int,
 ) -> None:
     """As ``eager.local_grads``."""
+    hidden, weight, _, transform = head
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype)
     unscale = None
@@ -238,7 +235,7 @@ def local_grads(
         dlogits_kernel[(num_tiles,)](
             class_weight_ptr=None if class_weight is None else class_weight[rows],
             **of_tokens,
-            **operand_kwargs(hidden[tokens], weight[rows], None if bias is None else bias[rows], transform, arch, tile),
+            **operand_kwargs(head.block(tokens, rows), arch, tile),
         )
         if num_targets > 0:
             target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
@@ -257,8 +254,7 @@ def local_grads(
 
     sweep_grads(
         write_dlogits,
-        hidden,
-        weight,
+        head,
         buffers,
         dlogits_dtype=hidden.dtype,
         unscale=unscale,

@@ -10,52 +10,46 @@
 tile is computed in fp32 from upcast operands (fp64 for fp64), so nothing is rounded to 16 bits before the results are.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.sweep import GradBuffers, slices, sweep_grads
-from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats, merge_stats, top_k_order
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.stats import (
+    DlogitsCoefficients,
+    PartStats,
+    Wanted,
+    empty_joint_stats,
+    empty_stats,
+    merge_stats,
+    top_k_order,
+)
+from vocab_parallel_fused.transform import Operands
 
 _TILE_TOKENS = 1024
 _TILE_ROWS = 1024
 _TILE_COPIES = 3  # logits, their gradients and the result of an elementwise step are alive together
 
 
-def local_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_row: Tensor,
-    class_weight: Tensor | None,
-    *,
-    transform: LogitTransform,
-    wanted: Wanted,
-) -> PartStats:
+def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted) -> PartStats:
     """Statistics of this shard.
 
     Args:
-        hidden: ``[T, H]``.
-        weight: ``[V, H]``.
-        bias: ``[V]`` or None.
-        target_row: ``[T, K]`` int64, rows of ``weight`` that are the token's targets, −1 if not in this shard.
+        head: hidden states of all tokens, and this shard's rows.
+        target_row: ``[T, K]`` int64, rows of the shard that are the token's targets, −1 if not in this shard.
         class_weight: ``[V]`` fp32 (fp64 for fp64), the ``c_j`` of ``logit_sum``; None: all 1.
-        transform: of the logits.
         wanted: which statistics; ``argmax`` counts rows of the shard.
     """
-    T, V = hidden.shape[0], weight.shape[0]
-    stats = empty_stats(target_row, _accumulator_dtype(hidden), wanted)
+    T, V = head.hidden.shape[0], head.weight.shape[0]
+    stats = empty_stats(target_row, _accumulator_dtype(head.hidden), wanted)
     chunks = []
-    for t in range(0, max(T, 1), _TILE_TOKENS):
-        tokens = slice(t, t + _TILE_TOKENS)
+    for tokens in slices(max(T, 1), _TILE_TOKENS):
         merged = PartStats._make(None if field is None else field[tokens] for field in stats)
-        for v in range(0, V, _TILE_ROWS):
-            rows = slice(v, v + _TILE_ROWS)
-            logits = transform.apply_(_raw_logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]))
+        for rows in slices(V, _TILE_ROWS):
             weights = None if class_weight is None else class_weight[rows]
-            tile = _tile_stats(logits, v, target_row[tokens], weights, wanted)
+            tile = _tile_stats(_logits(head.block(tokens, rows)), rows.start, target_row[tokens], weights, wanted)
             merged = merge_stats(_over(torch.stack, merged, tile))
         chunks.append(merged)
     return _over(torch.cat, *chunks)
@@ -90,28 +84,24 @@ def _tile_stats(
         torch.zeros_like(target_logit),
         logit_sum,
         sum_exp_logit,
-        argmax + first_row if wanted.argmax else None,
+        argmax=argmax + first_row if wanted.argmax else None,
     )
 
 
 def local_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Operands,
     target_row: Tensor,
     target_logit: Tensor,
     class_weight: Tensor | None,
     max_logit: Tensor,
     coefficients: DlogitsCoefficients,
     buffers: GradBuffers,
-    *,
-    transform: LogitTransform,
     workspace_bytes: int,
 ) -> None:
     """Write this shard's gradients.
 
     Args:
-        hidden, weight, bias, target_row, class_weight, transform: as in :func:`local_stats`.
+        head, target_row, class_weight: as in :func:`local_stats`.
         target_logit: ``[T, K]`` of this shard, as :func:`local_stats` returned it.
         max_logit: ``[T]`` of the whole vocabulary.
         coefficients: of the gradient of the logits.
@@ -119,11 +109,11 @@ def local_grads(
         workspace_bytes: memory for the tile of logit gradients and its temporaries.
     """
     del target_logit  # recomputed with its tile
-    dtype = _accumulator_dtype(hidden)
+    dtype = _accumulator_dtype(head.hidden)
     level, slope, grad_logit_sum, grad_target_logit = coefficients
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
-        logits = transform.apply_(_raw_logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]))
+        logits = _logits(head.block(tokens, rows))
         differences = logits - max_logit[tokens, None]
         torch.exp(differences, out=out)
         if slope is None:
@@ -136,12 +126,11 @@ def local_grads(
             out += grad_logit_sum[tokens, None] * weights
         owned, column = _target_column(target_row[tokens], rows.start, out.shape[1])
         out.scatter_add_(1, column, grad_target_logit[tokens] * owned)
-        transform.times_derivative_(out, logits)
+        head.transform.times_derivative_(out, logits)
 
     sweep_grads(
         write_dlogits,
-        hidden,
-        weight,
+        head,
         buffers,
         dlogits_dtype=dtype,
         bytes_per_logit=_TILE_COPIES * dtype.itemsize,
@@ -151,47 +140,152 @@ def local_grads(
     )
 
 
-def local_top_k(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    *,
-    transform: LogitTransform,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
+def local_top_k(head: Operands, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest logits ``[T, k]`` of this shard and their rows, of several equal ones the smallest rows.
 
     In no particular order. −inf and row −1 fill up where the shard has fewer than ``k`` rows.
 
     Args:
-        hidden, weight, bias, transform: as in :func:`local_stats`.
+        head: as in :func:`local_stats`.
         k: how many, at least 1.
         workspace_bytes: memory for a block of logits.
     """
     del workspace_bytes  # a tile, as in the other steps
-    T, V = hidden.shape[0], weight.shape[0]
-    top_logit = hidden.new_full((T, k), -torch.inf, dtype=_accumulator_dtype(hidden))
-    top_row = hidden.new_full((T, k), -1, dtype=torch.int64)
+    T, V = head.hidden.shape[0], head.weight.shape[0]
+    top_logit = head.hidden.new_full((T, k), -torch.inf, dtype=_accumulator_dtype(head.hidden))
+    top_row = head.hidden.new_full((T, k), -1, dtype=torch.int64)
     for tokens in slices(T, _TILE_TOKENS):
         for rows in slices(V, _TILE_ROWS):
-            logits = transform.apply_(_raw_logits(hidden[tokens], weight[rows], None if bias is None else bias[rows]))
-            row = torch.arange(rows.start, rows.stop, device=hidden.device).expand_as(logits)
+            logits = _logits(head.block(tokens, rows))
+            row = torch.arange(rows.start, rows.stop, device=logits.device).expand_as(logits)
             logits, row = torch.cat((top_logit[tokens], logits), 1), torch.cat((top_row[tokens], row), 1)
             order = top_k_order(logits, row, k)
             top_logit[tokens], top_row[tokens] = logits.gather(1, order), row.gather(1, order)
     return top_logit, top_row
 
 
+def local_joint_stats(a: Operands, b: Operands, *, cross: bool) -> PartStats:
+    """``max_logit`` and ``sum_exp`` ``[2, T]`` of two heads over the same rows, and ``cross`` ``[T]`` if wanted.
+
+    Args:
+        a, b: the heads. Their hidden sizes may differ.
+        cross: the ``Σ_j exp(u_aj) (u_aj − u_bj)`` of the divergence of ``b`` from ``a``.
+    """
+    T, V = a.hidden.shape[0], a.weight.shape[0]
+    stats = empty_joint_stats(T, _accumulator_dtype(a.hidden), a.hidden.device, cross=cross)
+    for tokens in slices(T, _TILE_TOKENS):
+        num_tokens = tokens.stop - tokens.start
+        merged = empty_joint_stats(num_tokens, stats.sum_exp.dtype, stats.sum_exp.device, cross=cross)
+        for rows in slices(V, _TILE_ROWS):
+            logits = torch.stack([_logits(head.block(tokens, rows)) for head in (a, b)])
+            max_logit = logits.amax(dim=2)
+            differences = logits.sub_(max_logit.masked_fill(max_logit == -torch.inf, 0.0)[..., None])
+            exps = differences.exp()
+            sum_cross = None
+            if cross:
+                # What has no probability under a contributes nothing, whatever it has under b.
+                sum_cross = torch.where(exps[0] > 0, exps[0] * (differences[0] - differences[1]), 0.0).sum(dim=1)
+            tile = merged._replace(max_logit=max_logit, sum_exp=exps.sum(dim=2), cross=sum_cross)
+            merged = merge_stats(_over(torch.stack, merged, tile))
+        for field, values in (
+            (stats.max_logit, merged.max_logit),
+            (stats.sum_exp, merged.sum_exp),
+            (stats.cross, merged.cross),
+        ):
+            if field is not None and values is not None:
+                field[..., tokens] = values
+    return stats
+
+
+def local_js_sums(a: Operands, b: Operands, max_logit: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """``Σ_j p_j log(p_j / m_j)`` ``[2, T]`` over this shard's rows, for ``p`` of either head and ``m`` their mean.
+
+    Args:
+        a, b: the heads.
+        max_logit, log_sum_exp: ``[2, T]`` of the whole vocabulary.
+    """
+    T, V = a.hidden.shape[0], a.weight.shape[0]
+    sums = torch.zeros_like(log_sum_exp)
+    for tokens in slices(T, _TILE_TOKENS):
+        for rows in slices(V, _TILE_ROWS):
+            log_probs = _log_probs(a, b, max_logit, log_sum_exp, tokens, rows)
+            log_ratios = log_probs - (torch.logaddexp(*log_probs) - math.log(2))
+            probs = log_probs.exp()
+            sums[:, tokens] += torch.where(probs > 0, probs * log_ratios, 0.0).sum(dim=2)
+    return sums
+
+
+def local_divergence_grads(
+    student: Operands,
+    teacher: Operands,
+    max_logit: Tensor,
+    log_sum_exp: Tensor,
+    center: Tensor,
+    grad: Tensor,
+    buffers: GradBuffers,
+    divergence: str,
+    workspace_bytes: int,
+) -> None:
+    """Write this shard's gradients of the student's inputs; the teacher is a constant.
+
+    With ``p`` the student's probabilities, ``q`` the teacher's, ``m`` their mean, and upstream gradient ``g``:
+
+        forward_kl       dz_j = g (p_j − q_j)
+        reverse_kl       dz_j = g p_j (log(p_j / q_j) − center)         center = KL(p ‖ q)
+        jensen_shannon   dz_j = g p_j (log(p_j / m_j) − center) / 2     center = KL(p ‖ m)
+
+    Args:
+        student, teacher: the heads.
+        max_logit, log_sum_exp: ``[2, T]`` of the whole vocabulary, the student's and the teacher's.
+        center: ``[T]`` as above.
+        grad: ``[T]`` upstream gradients of the tokens' divergences.
+        buffers: for the student's gradients that are wanted.
+        divergence: one of the three.
+        workspace_bytes: memory for the tile of logit gradients and its temporaries.
+    """
+    dtype = _accumulator_dtype(student.hidden)
+
+    def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
+        log_p, log_q = _log_probs(student, teacher, max_logit, log_sum_exp, tokens, rows)
+        p = log_p.exp()
+        if divergence == "forward_kl":
+            dlogits = p - log_q.exp()
+        else:
+            other = log_q if divergence == "reverse_kl" else torch.logaddexp(log_p, log_q) - math.log(2)
+            dlogits = torch.where(p > 0, p * (log_p - other - center[tokens, None]), 0.0)
+            if divergence == "jensen_shannon":
+                dlogits = dlogits / 2
+        torch.mul(dlogits, grad[tokens, None], out=out)
+        logits = log_p.add_((max_logit + log_sum_exp)[0, tokens, None])
+        student.transform.times_derivative_(out, logits)
+
+    sweep_grads(
+        write_dlogits,
+        student,
+        buffers,
+        dlogits_dtype=dtype,
+        bytes_per_logit=2 * _TILE_COPIES * dtype.itemsize,
+        workspace_bytes=workspace_bytes,
+        tile=(32, 32),
+        largest=(_TILE_TOKENS, _TILE_ROWS),
+    )
+
+
+def _log_probs(a: Operands, b: Operands, max_logit: Tensor, log_sum_exp: Tensor, tokens: slice, rows: slice) -> Tensor:
+    """[2, tokens, rows] log-probabilities of both heads over the whole vocabulary."""
+    logits = torch.stack([_logits(head.block(tokens, rows)) for head in (a, b)])
+    return logits.sub_(max_logit[:, tokens, None]).sub_(log_sum_exp[:, tokens, None])
+
+
+def _logits(head: Operands) -> Tensor:
+    """[tokens, rows] in the accumulator's precision."""
+    dtype = _accumulator_dtype(head.hidden)
+    raw = head.hidden.to(dtype) @ head.weight.to(dtype).t()
+    return head.transform.apply_(raw if head.bias is None else raw.add_(head.bias.to(dtype)))
+
+
 def _accumulator_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[tokens, rows] in the accumulator's precision, before the transform."""
-    dtype = _accumulator_dtype(hidden)
-    logits = hidden.to(dtype) @ weight.to(dtype).t()
-    return logits if bias is None else logits.add_(bias.to(dtype))
 
 
 def _target_column(target_row: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from vocab_parallel_fused.kernels.tiles import (
     transform_logits,
 )
 from vocab_parallel_fused.stats import PartStats, Wanted, empty_stats
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.transform import Operands
 
 _PARTIAL_BYTES = 8 * 2**20  # 16384 tiles a launch: its last, unfilled wave of processors costs little
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
@@ -266,17 +266,9 @@ def target_logit_kernel(
     tl.store(owners_ptr + offs_n, owned.to(tl.float32), mask=mask_n)
 
 
-def local_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_row: Tensor,
-    class_weight: Tensor | None,
-    *,
-    transform: LogitTransform,
-    wanted: Wanted,
-) -> PartStats:
+def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted) -> PartStats:
     """As ``eager.local_stats``."""
+    hidden, weight, bias, transform = head
     T, V = hidden.shape[0], weight.shape[0]
     if T == 0 or V == 0:
         return empty_stats(target_row, torch.float32, wanted)
@@ -315,7 +307,7 @@ def local_stats(
             class_weight_ptr=None if class_weight is None else class_weight[rows],
             first_row=rows.start,
             **partials,
-            **operand_kwargs(hidden, weight[rows], None if bias is None else bias[rows], transform, arch, tile),
+            **operand_kwargs(head.block(slice(None), rows), arch, tile),
         )
         merge_partials_kernel[(triton.cdiv(T, _MERGE_LAUNCH["BLOCK_T"]),)](
             **partials,

@@ -18,7 +18,7 @@ from torch import Tensor
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.sweep import even_block, slices
 from vocab_parallel_fused.kernels.tiles import current_arch, logits_tile, operand_kwargs, tile_position
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.transform import Operands
 
 _LARGEST_BLOCK = 4096  # logits of one token that a program holds in registers
 _KEEP_LAUNCH: dict[str, Any] = {"num_warps": 8}
@@ -138,16 +138,9 @@ def _ordered(x):
     return bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
 
 
-def local_top_k(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    *,
-    transform: LogitTransform,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
+def local_top_k(head: Operands, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
     """As ``eager.local_top_k``."""
+    hidden, weight, *_ = head
     T, V = hidden.shape[0], weight.shape[0]
     top_logit = hidden.new_full((T, k), -torch.inf, dtype=torch.float32)
     top_row = hidden.new_full((T, k), -1, dtype=torch.int64)
@@ -165,9 +158,7 @@ def local_top_k(
             logits_kernel[(num_tiles,)](
                 logits_ptr=logits,
                 stride_logits_t=logits.stride(0),
-                **operand_kwargs(
-                    hidden[tokens], weight[rows], None if bias is None else bias[rows], transform, arch, tile
-                ),
+                **operand_kwargs(head.block(tokens, rows), arch, tile),
             )
             keep_top_k_kernel[(logits.shape[0],)](
                 logits,

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vocab_parallel_fused.transform import Operands
+
 
 class GradBuffers(NamedTuple):
     """Where a head's gradients go; None: not wanted."""
@@ -45,8 +47,7 @@ def slices(total: int, block: int) -> Iterator[slice]:
 
 def sweep_grads(
     write_dlogits: Callable[[slice, slice, Tensor], None],
-    hidden: Tensor,
-    weight: Tensor,
+    head: Operands,
     buffers: GradBuffers,
     *,
     dlogits_dtype: torch.dtype,
@@ -61,7 +62,7 @@ def sweep_grads(
     Args:
         write_dlogits: called with a slice of tokens, a slice of rows and a ``[tokens, rows]`` view of the workspace,
             which it fills.
-        hidden, weight: ``[T, H]``, ``[V, H]``.
+        head: of which the gradients are.
         buffers: for the results.
         dlogits_dtype: of the workspace; the operand of the two GEMMs.
         unscale: a number that turns what is written into the gradients of the logits; see :func:`scale_into_fp16`.
@@ -69,6 +70,7 @@ def sweep_grads(
         workspace_bytes: memory that blocks may take. All tokens are one block if a tile of rows then fits.
         tile, largest: (tokens, rows) that a block is a multiple of, and at most. A block is at least one tile.
     """
+    hidden, weight, *_ = head
     (T, H), V = hidden.shape, weight.shape[0]
     dhidden, dweight, dbias, accumulate_dweight = buffers
     if T == 0 or V == 0:

@@ -10,7 +10,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vocab_parallel_fused.kernels.configs import TileConfig, has_tensor_descriptors
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.transform import LogitTransform, Operands
 
 INTERPRETED: bool = knobs.runtime.interpret
 # Kernels may read globals that are constexpr.
@@ -148,10 +148,9 @@ def current_arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":", maxsplit=1)[0]
 
 
-def operand_kwargs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, arch: str, tile: TileConfig
-) -> dict[str, Any]:
+def operand_kwargs(head: Operands, arch: str, tile: TileConfig) -> dict[str, Any]:
     """The arguments of a launch that `logits_tile` needs, tile sizes included."""
+    hidden, weight, bias, transform = head
     use_descriptors = has_tensor_descriptors(arch) and _describable(hidden) and _describable(weight)
     return {
         "hidden": TensorDescriptor.from_tensor(hidden, [tile.block_t, tile.block_h]) if use_descriptors else hidden,

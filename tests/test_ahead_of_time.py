@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 
@@ -17,24 +18,37 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+KERNELS = {
+    "partial_stats_kernel",
+    "merge_partials_kernel",
+    "target_logit_kernel",
+    "dlogits_kernel",
+    "target_dlogits_kernel",
+    "add_repeated_kernel",
+    "logits_kernel",
+    "keep_top_k_kernel",
+    "joint_stats_kernel",
+    "js_sums_kernel",
+    "divergence_dlogits_kernel",
+}
+TYPES = {"target_row_ptr": "*i64", "argmax_ptr": "*i64", "partial_argmax_ptr": "*i32", "top_row_ptr": "*i64"}
+TYPES |= {"inner": "fp32", "outer": "fp32"}
 
 
-def compile_all(arch: str) -> list[dict[str, Any]]:
-    """Compile each kernel in each variant that can be launched on ``arch``; report what came out."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Compiler:
+    """Compiles kernels for one architecture as launches would, and reports what came out."""
 
-    from vocab_parallel_fused.kernels import backward, forward, selection
-    from vocab_parallel_fused.kernels.configs import has_tensor_descriptors, tile_config
-
-    elements = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    report = []
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self.report: list[dict[str, Any]] = []
 
     def build(
-        kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], about: str
+        self, kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], about: str
     ) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
             for name in kernel.arg_names
@@ -43,12 +57,12 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         divisible = {
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or (name.startswith("stride_") and name not in constants)
+            if kind.startswith("*") or ("stride_" in name and name not in constants)
         }
         compiled = triton.compile(
-            ASTSource(kernel, signature, constants, divisible), target=GPUTarget(*TARGETS[arch]), options=options
+            ASTSource(kernel, signature, constants, divisible), target=GPUTarget(*TARGETS[self.arch]), options=options
         )
-        report.append(
+        self.report.append(
             {
                 "kernel": kernel.__name__,
                 "about": about,
@@ -57,90 +71,140 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             }
         )
 
-    # What a launch may leave out.
-    optional = {
-        forward.partial_stats_kernel: ("class_weight", "partial_logit_sum", "partial_sum_exp_logit", "partial_argmax"),
-        forward.merge_partials_kernel: ("logit_sum", "sum_exp_logit", "argmax"),
-        backward.dlogits_kernel: ("class_weight", "slope", "grad_logit_sum"),
-        backward.target_dlogits_kernel: ("class_weight", "slope", "grad_logit_sum"),
-    }
 
-    def without(kernel: Any, present: tuple[str, ...]) -> dict[str, None]:
-        return {f"{name}_ptr": None for name in optional[kernel] if name not in present}
+def compile_all(arch: str) -> list[dict[str, Any]]:
+    """Each kernel in variants that cover what a launch on ``arch`` may choose."""
+    import torch
 
-    scalars = {"target_row_ptr": "*i64", "argmax_ptr": "*i64", "partial_argmax_ptr": "*i32"}
-    scalars |= {"inner": "fp32", "outer": "fp32"}
-    for dtype, element in elements.items():
-        tile = tile_config(arch, dtype)
-        launch = tile.launch_kwargs()
-        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-        types = scalars | {f"{name}_ptr": f"*{element}" for name in ("hidden", "weight", "bias", "dlogits")}
-        plain, everything, usual = ("identity", False), ("softcap", True), has_tensor_descriptors(arch)
-        cases = [(usual, *plain), (usual, *everything), (usual, "scale", True), (False, *everything)]
-        for descriptors, transform, has_bias in sorted(set(cases)):
-            for name, rows in (("hidden", tile.block_t), ("weight", tile.block_v)):
-                types[name] = f"tensordesc<{element}[{rows},{tile.block_h}]>" if descriptors else f"*{element}"
-            # fp32 with tf32 products where there is a bias, without them where there is none.
-            precision = "tf32" if dtype == torch.float32 and has_bias and not arch.startswith("gfx") else "ieee"
-            constants = {**launch, "TRANSFORM": transform, "USE_DESCRIPTORS": descriptors, "PRECISION": precision}
-            constants |= {"stride_hidden_h": 1, "stride_weight_h": 1}
-            if not has_bias:
-                constants["bias_ptr"] = None
-            about = f"{element} {descriptors=} {transform=}"
-            if has_bias:
-                build(selection.logits_kernel, types | {"logits_ptr": "*fp32"}, constants, options, about)
-            for kernel in (forward.partial_stats_kernel, backward.dlogits_kernel):
-                names = optional[kernel]
-                chosen = [names] if transform == "softcap" else [()]
-                if transform == "identity" and dtype == torch.bfloat16:
-                    chosen += [(name,) for name in names[1:]]
-                for present in chosen:
-                    build(kernel, types, constants | without(kernel, present), options, f"{about} {present}")
-            small = {name: value for name, value in constants.items() if name in forward.target_logit_kernel.arg_names}
-            target_launch = forward._TARGET_LAUNCH.copy()
-            stages = {"num_stages": target_launch.pop("num_stages")}
-            build(forward.target_logit_kernel, types, small | target_launch, stages, about)
-        kernel = backward.target_dlogits_kernel
-        for transform, present in (("identity", ()), ("softcap", optional[kernel])):
-            constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | without(kernel, present)
-            build(kernel, types, constants, {}, f"{element} {transform=}")
-    build(backward.add_repeated_kernel, scalars, backward._TARGET_LAUNCH, {}, "")
+    from vocab_parallel_fused.kernels import backward, forward, selection
+    from vocab_parallel_fused.kernels.configs import has_tensor_descriptors
+
+    compiler = Compiler(arch)
+    usual = has_tensor_descriptors(arch)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cases = {(usual, "identity"), (usual, "softcap"), (usual, "scale"), (False, "softcap")}
+        for descriptors, transform in sorted(cases):
+            compile_tiles(compiler, dtype, descriptors, transform)
+        terms = ("class_weight", "slope", "grad_logit_sum")
+        for transform, present in (("identity", ()), ("softcap", terms)):
+            constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | _absent(terms, present)
+            types = TYPES | {"dlogits_ptr": _element(dtype, pointer=True)}
+            compiler.build(backward.target_dlogits_kernel, types, constants, {}, f"{dtype} {transform=}")
+    for first, present in ((True, ()), (False, ("logit_sum", "sum_exp_logit", "argmax"))):
+        constants = {"FIRST": first, **forward._MERGE_LAUNCH}
+        for prefix in ("", "partial_"):
+            names = [prefix + name for name in ("logit_sum", "sum_exp_logit", "argmax")]
+            constants |= _absent(names, [prefix + name for name in present])
+        compiler.build(forward.merge_partials_kernel, TYPES, constants, {}, f"{first=}")
+    compiler.build(backward.add_repeated_kernel, TYPES, backward._TARGET_LAUNCH, {}, "")
     constants = {"BLOCK_V": selection._LARGEST_BLOCK, "BLOCK_K": 128}
-    build(selection.keep_top_k_kernel, {"top_row_ptr": "*i64"}, constants, selection._KEEP_LAUNCH, "")
-    for first, present in ((True, ()), (False, optional[forward.merge_partials_kernel])):
-        absent = {
-            f"{prefix}{name}_ptr": None
-            for name in optional[forward.merge_partials_kernel]
-            if name not in present
-            for prefix in ("", "partial_")
+    compiler.build(selection.keep_top_k_kernel, TYPES, constants, selection._KEEP_LAUNCH, "")
+    return compiler.report
+
+
+def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: str) -> None:
+    """Kernels that compute tiles of logits: the plain loss without transform, all at once with a soft cap."""
+    import torch
+
+    from vocab_parallel_fused.divergence import Divergence
+    from vocab_parallel_fused.kernels import backward, divergence, forward, selection
+    from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
+
+    has_bias = transform != "identity"
+    # fp32 with tf32 products where there is a bias, without them where there is none.
+    precision = "tf32" if dtype == torch.float32 and has_bias and not compiler.arch.startswith("gfx") else "ieee"
+    about = f"{dtype} {descriptors=} {transform=}"
+    pointer = _element(dtype, pointer=True)
+    own_constants = {"TRANSFORM": transform, "USE_DESCRIPTORS": descriptors, "stride_hidden_h": 1, "stride_weight_h": 1}
+    own_constants |= {} if has_bias else {"bias_ptr": None}
+
+    def own_types(tile: TileConfig) -> dict[str, str]:
+        blocks = {"hidden": tile.block_t, "weight": tile.block_v}
+        matrices = {
+            name: f"tensordesc<{_element(dtype)}[{rows},{tile.block_h}]>" if descriptors else pointer
+            for name, rows in blocks.items()
         }
-        build(forward.merge_partials_kernel, scalars, {"FIRST": first, **forward._MERGE_LAUNCH} | absent, {}, "")
-    return report
+        return {"bias_ptr": pointer, "inner": "fp32", "outer": "fp32", **matrices}
+
+    def launch(tile: TileConfig) -> tuple[dict[str, Any], dict[str, int]]:
+        kwargs = tile.launch_kwargs()
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+        return kwargs | {"PRECISION": precision}, options
+
+    tile = tile_config(compiler.arch, dtype)
+    constants, options = launch(tile)
+    constants |= own_constants
+    types = TYPES | own_types(tile) | {"dlogits_ptr": pointer}
+    for kernel, terms in (
+        (forward.partial_stats_kernel, ("partial_logit_sum", "partial_sum_exp_logit", "partial_argmax")),
+        (backward.dlogits_kernel, ("slope", "grad_logit_sum")),
+    ):
+        everything = ("class_weight", *terms)
+        chosen: list[tuple[str, ...]] = [everything if transform == "softcap" else ()]
+        if transform == "identity" and dtype == torch.bfloat16:
+            chosen += [(term,) for term in terms]
+        for present in chosen:
+            compiler.build(kernel, types, constants | _absent(everything, present), options, f"{about} {present}")
+
+    gathered = types | {"hidden_ptr": pointer, "weight_ptr": pointer}
+    target_constants = {"BLOCK_H": 2 * tile.block_h, **forward._TARGET_LAUNCH, "PRECISION": precision} | own_constants
+    stages = {"num_stages": target_constants.pop("num_stages")}
+    del target_constants["USE_DESCRIPTORS"]
+    compiler.build(forward.target_logit_kernel, gathered, target_constants, stages, about)
+    if transform == "scale":
+        compiler.build(selection.logits_kernel, types | {"logits_ptr": "*fp32"}, constants, options, about)
+        return
+
+    tile = divergence.narrowed(tile)
+    constants, options = launch(tile)
+    types = {"dlogits_ptr": pointer}
+    for prefix in ("a_", "b_"):
+        types |= {prefix + name: kind for name, kind in own_types(tile).items()}
+        constants |= {prefix + name: value for name, value in own_constants.items()}
+    if transform == "identity":
+        for absent in ({}, {"partial_cross_ptr": None}):
+            compiler.build(divergence.joint_stats_kernel, types, constants | absent, options, about)
+    else:
+        compiler.build(divergence.js_sums_kernel, types, constants, options, about)
+        for name in get_args(Divergence):
+            dlogits = constants | {"DIVERGENCE": name}
+            compiler.build(divergence.divergence_dlogits_kernel, types, dlogits, options, f"{about} {name}")
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-def test_compiles(arch: str) -> None:
-    pytest.importorskip("triton")
+def _element(dtype: Any, *, pointer: bool = False) -> str:
+    return ("*" if pointer else "") + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype)[6:]]
+
+
+def _absent(names: Any, present: Any) -> dict[str, None]:
+    return {f"{name}_ptr": None for name in names if name not in present}
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All architectures at once: one is a minute's work for one core."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, __file__, arch], env=environment, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(run.stdout)
-    assert {row["kernel"] for row in report} == {
-        "partial_stats_kernel",
-        "merge_partials_kernel",
-        "target_logit_kernel",
-        "dlogits_kernel",
-        "target_dlogits_kernel",
-        "add_repeated_kernel",
-        "logits_kernel",
-        "keep_top_k_kernel",
-    }
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = {arch: subprocess.Popen([sys.executable, __file__, arch], env=environment, **pipes) for arch in TARGETS}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> None:
+    pytest.importorskip("triton")
+    stdout, stderr = compilations[arch].communicate()
+    assert compilations[arch].returncode == 0, stderr[-3000:]
+    report = json.loads(stdout)
+    assert {row["kernel"] for row in report} == KERNELS
     assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
     if arch == "sm_90":
         # 16-bit products must run on Hopper's own matrix instructions.
-        assert all(row["wgmma"] for row in report if row["about"].startswith(("bf16 descriptors", "fp16 descriptors")))
+        sixteen_bit = [row for row in report if row["about"].startswith(("torch.bfloat16 d", "torch.float16 d"))]
+        assert sixteen_bit
+        assert all(row["wgmma"] for row in sixteen_bit)
 
 
 if __name__ == "__main__":

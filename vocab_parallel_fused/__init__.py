@@ -5,6 +5,7 @@ from vocab_parallel_fused.functional import (
     LinearTokenStats,
     LinearTopK,
     linear_cross_entropy,
+    linear_distillation,
     linear_token_stats,
     linear_top_k,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "VocabParallelLinearCrossEntropy",
     "VocabShard",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_token_stats",
     "linear_top_k",
     "losses",

@@ -16,7 +16,7 @@ from vocab_parallel_fused.collectives import Group, rank_and_size, resolve_group
 from vocab_parallel_fused.dispatch import select_kernels
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.transform import LogitTransform, Operands
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WORKSPACE_BYTES_ACCELERATOR = 128 * 2**20
@@ -79,7 +79,7 @@ def resolve_head(
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     process_group = resolve_group(group)
     hidden, weight, bias = _autocast(input, linear_weight, linear_bias)
-    _check_layer(hidden, weight, bias)
+    _check_layer(hidden, weight, bias, ("input", "linear_weight", "linear_bias"))
     rank, world_size = rank_and_size(process_group)
     if sequence_parallel and world_size > 1 and hidden.ndim == 1:
         raise ValueError("input must have a token dimension to be sharded with sequence_parallel, got shape (H,)")
@@ -115,6 +115,24 @@ def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bo
     valid = target != ignore_index
     _check_target_range(target, valid, head.plan.shard.vocab_size)
     return target, valid
+
+
+def resolve_teacher(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, head: Head
+) -> Operands:
+    """A second head over the same tokens and classes, of which gradients are not wanted."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_layer(hidden, weight, bias, ("teacher_input", "teacher_weight", "teacher_bias"))
+    check_tensor("teacher_input", hidden, head.hidden)
+    if hidden.dtype != head.hidden.dtype:
+        raise TypeError(f"teacher_input must have input's dtype {head.hidden.dtype}, got {hidden.dtype}")
+    if tuple(hidden.shape[:-1]) != head.input_shape[:-1]:
+        expected = (*head.input_shape[:-1], "H_teacher")
+        raise ValueError(f"teacher_input must have shape {expected}, got {tuple(hidden.shape)}")
+    if weight.shape[0] != head.weight.shape[0]:
+        raise ValueError(f"teacher_weight must have linear_weight's {head.weight.shape[0]} rows, got {weight.shape[0]}")
+    bias = None if bias is None else bias.detach().contiguous()
+    return Operands(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), bias, transform)
 
 
 def resolve_class_weight(weight: Tensor | None, head: Head) -> Tensor | None:
@@ -175,24 +193,24 @@ def check_tensor(name: str, tensor: Tensor, input: Tensor) -> None:
         raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
 
 
-def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    named = {"input": input, "linear_weight": linear_weight}
-    if linear_bias is not None:
-        named["linear_bias"] = linear_bias
+def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
+    """``names`` are those of the three arguments."""
+    of_input, of_weight, of_bias = names
+    named = {of_input: input, of_weight: weight} | ({} if bias is None else {of_bias: bias})
     for name, tensor in named.items():
         check_tensor(name, tensor, input)
     if input.dtype not in _DTYPES:
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+        raise TypeError(f"{of_input} must be float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.ndim < 1 or input.shape[-1] < 1:
-        raise ValueError(f"input must have shape (*, H) with H >= 1, got {tuple(input.shape)}")
+        raise ValueError(f"{of_input} must have shape (*, H) with H >= 1, got {tuple(input.shape)}")
     hidden_size = input.shape[-1]
-    if linear_weight.ndim != 2 or linear_weight.shape[1] != hidden_size:
-        raise ValueError(f"linear_weight must have shape (V_local, {hidden_size}), got {tuple(linear_weight.shape)}")
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
-        raise ValueError(f"linear_bias must have shape ({linear_weight.shape[0]},), got {tuple(linear_bias.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden_size:
+        raise ValueError(f"{of_weight} must have shape (V_local, {hidden_size}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{of_bias} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     for name, tensor in named.items():
         if tensor.dtype != input.dtype:
-            raise TypeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name} must have {of_input}'s dtype {input.dtype}, got {tensor.dtype}")
 
 
 def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, world_size: int) -> VocabShard:

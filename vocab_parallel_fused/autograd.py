@@ -33,12 +33,14 @@ from vocab_parallel_fused.collectives import (
     gather_top_k,
     rank_and_size,
     reduce_hidden_grad,
+    reduce_sums,
 )
 from vocab_parallel_fused.dispatch import Kernels
+from vocab_parallel_fused.divergence import Divergence, kl_divergence
 from vocab_parallel_fused.kernels.sweep import GradBuffers
 from vocab_parallel_fused.sharding import VocabShard
 from vocab_parallel_fused.stats import TokenStats, Wanted, dlogits_coefficients, whole_stats
-from vocab_parallel_fused.transform import LogitTransform
+from vocab_parallel_fused.transform import LogitTransform, Operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class Plan:
 
     def gather_hidden(self, hidden: Tensor) -> Tensor:
         return gather_hidden(hidden, self.group) if self.sequence_parallel else hidden
+
+    def operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
+        """All tokens' hidden states, and the shard's rows without padding."""
+        rows = self.shard.num_valid_rows
+        return Operands(hidden, weight[:rows], None if bias is None else bias[:rows], self.transform)
 
 
 class _TokenStatsFunction(Function):
@@ -76,15 +83,8 @@ class _TokenStatsFunction(Function):
         rows = shard.num_valid_rows
         target_row = shard.local_rows(target)
         with _local_steps(hidden):
-            local = plan.kernels.local_stats(
-                plan.gather_hidden(hidden),
-                weight[:rows],
-                None if bias is None else bias[:rows],
-                target_row,
-                class_weight,
-                transform=plan.transform,
-                wanted=wanted,
-            )
+            head = plan.operands(plan.gather_hidden(hidden), weight, bias)
+            local = plan.kernels.local_stats(head, target_row, class_weight, wanted)
         if local.argmax is not None:
             local = local._replace(argmax=local.argmax + shard.start)
         whole, num_classes = gather_stats(local, rows, plan.group, plan.combine)
@@ -130,22 +130,73 @@ class _TokenStatsFunction(Function):
             sum_exp, sum_exp_logit, grad_lse, grad_target_logit, grad_logit_sum, grad_expected_logit
         )
 
-        def local_grads(full_hidden: Tensor, weight: Tensor, bias: Tensor | None, buffers: GradBuffers) -> None:
+        def local_grads(head: Operands, buffers: GradBuffers) -> None:
             plan.kernels.local_grads(
-                full_hidden,
-                weight,
-                bias,
-                target_row,
-                target_logit,
-                class_weight,
-                max_logit,
-                coefficients,
-                buffers,
-                transform=plan.transform,
-                workspace_bytes=plan.workspace_bytes,
+                head, target_row, target_logit, class_weight, max_logit, coefficients, buffers, plan.workspace_bytes
             )
 
         return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, plan, local_grads), *[None] * 5
+
+
+class _DivergenceFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher: Operands,
+        divergence: Divergence,
+        plan: Plan,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        del anchor  # see token_stats
+        with _local_steps(hidden):
+            student_head = plan.operands(plan.gather_hidden(hidden), weight, bias)
+            teacher_head = _teacher_operands(teacher, plan)
+            # KL(a ‖ b) is the divergence of b from a.
+            forward_kl = divergence == "forward_kl"
+            heads = (teacher_head, student_head) if forward_kl else (student_head, teacher_head)
+            symmetric = divergence == "jensen_shannon"
+            local = plan.kernels.local_joint_stats(*heads, cross=not symmetric)
+            whole, num_classes = gather_stats(local, plan.shard.num_valid_rows, plan.group, plan.combine)
+            max_logit, log_sum_exp = whole.max_logit, whole.sum_exp.log()
+            if symmetric:
+                sums = plan.kernels.local_js_sums(*heads, max_logit, log_sum_exp)
+                sums = reduce_sums(sums, plan.group)
+                loss, center = sums.mean(dim=0), sums[0]
+            else:
+                loss = center = kl_divergence(whole)
+        if forward_kl:
+            max_logit, log_sum_exp = max_logit.flip(0), log_sum_exp.flip(0)
+        ctx.plan, ctx.divergence, ctx.teacher_transform = plan, divergence, teacher.transform
+        ctx.save_for_backward(hidden, weight, bias, *teacher[:3], max_logit, log_sum_exp, center)
+        if num_classes is not None:
+            ctx.mark_non_differentiable(num_classes)
+        return loss, num_classes
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor, _grad_num_classes: None
+    ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_distillation has no second derivative: call its backward without create_graph")
+        plan: Plan = ctx.plan
+        hidden, weight, bias, *teacher, max_logit, log_sum_exp, center = ctx.saved_tensors
+        teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan)
+
+        def local_grads(head: Operands, buffers: GradBuffers) -> None:
+            plan.kernels.local_divergence_grads(
+                head, teacher_head, max_logit, log_sum_exp, center, grad, buffers, ctx.divergence, plan.workspace_bytes
+            )
+
+        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, plan, local_grads), *[None] * 4
+
+
+def _teacher_operands(teacher: Operands, plan: Plan) -> Operands:
+    """All tokens' hidden states of the teacher, and its rows of the student's shard without padding."""
+    hidden = plan.gather_hidden(teacher.hidden)
+    return plan.operands(hidden, teacher.weight, teacher.bias)._replace(transform=teacher.transform)
 
 
 def _head_grads(
@@ -154,7 +205,7 @@ def _head_grads(
     weight: Tensor,
     bias: Tensor | None,
     plan: Plan,
-    local_grads: Callable[[Tensor, Tensor, Tensor | None, GradBuffers], None],
+    local_grads: Callable[[Operands, GradBuffers], None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a head's first three inputs, from the step that computes this shard's from all tokens."""
     needs_hidden, needs_weight, needs_bias, *_ = needs_input_grad
@@ -174,7 +225,7 @@ def _head_grads(
         accumulate_dweight=plan.main_grad is not None,
     )
     with _local_steps(hidden):
-        local_grads(full_hidden, weight[:rows], None if bias is None else bias[:rows], buffers)
+        local_grads(plan.operands(full_hidden, weight, bias), buffers)
     if dhidden is not None:
         dhidden = reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel)
     return dhidden if needs_hidden else None, dweight if plan.main_grad is None else None, dbias
@@ -217,22 +268,28 @@ def token_stats(
 
 
 @torch.compiler.disable
+def token_divergences(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Operands, divergence: Divergence, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """Divergences ``[T]`` of the heads' distributions, differentiable in the student's inputs, and how many classes the
+    ranks hold together. The result requires a gradient as that of :func:`token_stats` does.
+
+    Steps: [gather_hidden]  →  local_joint_stats  →  gather_stats, for Jensen–Shannon  →  local_js_sums  →  reduce_sums.
+    """
+    inputs = (hidden, weight, bias, teacher, divergence, plan, _anchor(hidden, plan))
+    return _DivergenceFunction.apply(*inputs)  # pyright: ignore[reportReturnType]
+
+
+@torch.compiler.disable
 @torch.no_grad()
 def top_k_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, plan: Plan) -> Tensor:
     """Ids ``[T, k]`` of the most probable classes of each token, the same on all ranks.
 
     Steps: [gather_hidden]  →  local_top_k  →  gather_top_k.
     """
-    rows = plan.shard.num_valid_rows
     with _local_steps(hidden):
-        logit, row = plan.kernels.local_top_k(
-            plan.gather_hidden(hidden),
-            weight[:rows],
-            None if bias is None else bias[:rows],
-            k,
-            transform=plan.transform,
-            workspace_bytes=plan.workspace_bytes,
-        )
+        head = plan.operands(plan.gather_hidden(hidden), weight, bias)
+        logit, row = plan.kernels.local_top_k(head, k, plan.workspace_bytes)
     _, index = gather_top_k(logit, torch.where(row >= 0, row + plan.shard.start, -1), plan.group)
     return index
 

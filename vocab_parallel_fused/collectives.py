@@ -96,6 +96,11 @@ def gather_top_k(logit: Tensor, index: Tensor, group: ProcessGroup | None) -> tu
     return logit.gather(1, order), index.gather(1, order)
 
 
+def reduce_sums(sums: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks, in rank order: the same bits on all of them."""
+    return sums if rank_and_size(group)[1] == 1 else gather_stacked(sums, group).sum(dim=0)
+
+
 def gather_stacked(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """``[R, *]``, one ``[*]`` of each rank."""
     gathered = tensor.new_empty(rank_and_size(group)[1], *tensor.shape)

@@ -45,15 +45,15 @@ def cross_entropy(
         total = vocab_size if class_weight is None else class_weight.sum()
         of_classes = total * (stats.lse + stats.max_logit) - stats.logit_sum
         loss = (1 - label_smoothing) * loss + label_smoothing / vocab_size * torch.where(valid, of_classes, 0.0)
-    loss = _reduce(loss, target_weight, token_weight, valid, reduction)
+    loss = reduce_tokens(loss, target_weight, token_weight, valid, reduction)
     if z_loss_weight:
         # Masked before it is squared: the derivative of an infinite square, times 0, is no zero.
         lse = torch.where(valid, stats.lse + stats.max_logit, 0.0)
-        loss = loss + _reduce(z_loss_weight * lse.square(), None, token_weight, valid, reduction)
+        loss = loss + reduce_tokens(z_loss_weight * lse.square(), None, token_weight, valid, reduction)
     return loss
 
 
-def _reduce(
+def reduce_tokens(
     loss: Tensor, target_weight: Tensor | None, token_weight: Tensor | None, valid: Tensor, reduction: str
 ) -> Tensor:
     """Weight the tokens of one term ``[T]`` and reduce it; the mean divides by what its tokens weigh."""

@@ -17,6 +17,9 @@ class Kernels(NamedTuple):
     local_stats: Callable[..., PartStats]
     local_grads: Callable[..., None]
     local_top_k: Callable[..., tuple[Tensor, Tensor]]
+    local_joint_stats: Callable[..., PartStats]
+    local_js_sums: Callable[..., Tensor]
+    local_divergence_grads: Callable[..., None]
 
 
 def select_kernels(impl: Impl, input: Tensor) -> Kernels:
@@ -28,11 +31,11 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     """
     on_gpu = input.device.type == "cuda"  # ROCm devices too
     if impl == "eager" or (impl == "auto" and (not on_gpu or input.dtype == torch.float64)):
-        return Kernels(eager.local_stats, eager.local_grads, eager.local_top_k)
+        return Kernels(*(getattr(eager, name) for name in Kernels._fields))
     if input.dtype == torch.float64:
         raise TypeError("input must be float16, bfloat16 or float32 for impl='triton', got torch.float64")
     try:
-        from vocab_parallel_fused.kernels import backward, forward, selection, tiles
+        from vocab_parallel_fused.kernels import backward, divergence, forward, selection, tiles
     except ImportError as error:
         raise ImportError(f"impl={impl!r} needs Triton, which cannot be imported here: {error}") from error
     if not on_gpu and not tiles.INTERPRETED:
@@ -40,4 +43,11 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
             f"input must be on a CUDA or ROCm device for impl='triton', got {input.device} "
             "(TRITON_INTERPRET=1 in the environment of a new process runs Triton on the CPU)"
         )
-    return Kernels(forward.local_stats, backward.local_grads, selection.local_top_k)
+    return Kernels(
+        forward.local_stats,
+        backward.local_grads,
+        selection.local_top_k,
+        divergence.local_joint_stats,
+        divergence.local_js_sums,
+        divergence.local_divergence_grads,
+    )

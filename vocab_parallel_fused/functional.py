@@ -17,14 +17,17 @@ from vocab_parallel_fused.arguments import (
     resolve_head,
     resolve_number,
     resolve_target,
+    resolve_teacher,
     resolve_token_weight,
 )
-from vocab_parallel_fused.autograd import token_stats, top_k_classes
+from vocab_parallel_fused.autograd import token_divergences, token_stats, top_k_classes
 from vocab_parallel_fused.collectives import Group
-from vocab_parallel_fused.cross_entropy import cross_entropy
+from vocab_parallel_fused.cross_entropy import cross_entropy, reduce_tokens
+from vocab_parallel_fused.divergence import Divergence
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
 from vocab_parallel_fused.stats import TokenStats, Wanted, top_k_order
+from vocab_parallel_fused.transform import LogitTransform
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -271,6 +274,77 @@ def linear_top_k(input: Tensor, linear_weight: Tensor, k: int, **arguments: Unpa
     log_prob = (stats.target_logit - stats.lse[:, None]).gather(1, order)
     shape = (*head.token_shape, k)
     return LinearTopK(log_prob.view(shape), index.gather(1, order).view(shape))
+
+
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    teacher_bias: Tensor | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_logit_softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    **arguments: Unpack[LinearArguments],
+) -> Tensor:
+    r"""Divergence of a student's distribution from a teacher's over the full vocabulary, without either's logits.
+
+    With :math:`p` the student's probabilities and :math:`q` the teacher's, the loss of a token is
+
+    - ``"forward_kl"``: :math:`\mathrm{KL}(q \| p) = \sum_j q_j \log (q_j / p_j)` (Hinton et al. 2015,
+      arXiv:1503.02531, up to the teacher's entropy, a constant);
+    - ``"reverse_kl"``: :math:`\mathrm{KL}(p \| q)` (Gu et al. 2023, MiniLLM, arXiv:2306.08543);
+    - ``"jensen_shannon"``: :math:`(\mathrm{KL}(p \| m) + \mathrm{KL}(q \| m)) / 2`, :math:`m = (p + q) / 2` (Lin 1991,
+      Divergence measures based on the Shannon entropy, equation 4.1; at most :math:`\log 2`).
+
+    Both heads are sharded over the group in the same way. A KL divergence takes one pass that reads both shards, the
+    Jensen–Shannon divergence, which needs normalised probabilities, a second one. The teacher is a constant: its
+    tensors get no gradient, also if they require one. Communication, memory and the student's gradients are as in
+    :func:`linear_cross_entropy`; under sequence parallelism the teacher's hidden states are gathered as well.
+
+    Args:
+        input, linear_weight: the student's, as in :func:`linear_cross_entropy`.
+        teacher_input: ``(*, H_teacher)`` the teacher's hidden states of the same tokens, sharded as ``input`` is.
+        teacher_weight: ``(V_local, H_teacher)`` the teacher's rows for the same classes, in the same dtype.
+        divergence: see above.
+        teacher_bias: ``(V_local,)``.
+        teacher_logit_scale, teacher_logit_softcap: as the student's; both have one ``temperature``.
+        token_weight: weights of all tokens, shaped as ``input`` without its last dimension (with
+            ``sequence_parallel``, dim 0 of all ranks together); 0 leaves a token out, whatever it holds.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: divided by the sum of the weights.
+        **arguments: as in :func:`linear_token_stats`, of the student or of both.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs). For the gradient to keep its size at any temperature, multiply by its
+        square (Hinton et al. 2015, section 2).
+
+    Raises:
+        TypeError, ValueError: as in :func:`linear_cross_entropy`.
+    """
+    for name, value, choices in (("reduction", reduction, Reduction), ("divergence", divergence, Divergence)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+    head = resolve_head(input, linear_weight, **arguments)
+    teacher = resolve_teacher(
+        teacher_input,
+        teacher_weight,
+        teacher_bias,
+        LogitTransform(teacher_logit_scale, teacher_logit_softcap, head.plan.transform.temperature),
+        head,
+    )
+    token_weight = resolve_token_weight(token_weight, head)
+    inputs = (head.hidden, head.weight, head.bias, teacher, divergence)
+    loss, num_classes = token_divergences(*inputs, head.plan)  # pyright: ignore[reportCallIssue]
+    check_shards(num_classes, head.plan.shard)
+    valid = torch.ones_like(loss, dtype=torch.bool)
+    if token_weight is not None:
+        valid = token_weight != 0
+        loss = torch.where(valid, loss, 0.0)
+    loss = reduce_tokens(loss, None, token_weight, valid, reduction)
+    return loss.view(head.token_shape) if reduction == "none" else loss
 
 
 def _resolve_outputs(outputs: Collection[str] | None, *, has_target: bool) -> set[str]:

@@ -46,6 +46,10 @@ class PartStats(NamedTuple):
     sum_exp_logit: Tensor | None = None
     """[T] ``Σ_j exp(z_j − m) (z_j − m)``, at most 0."""
 
+    cross: Tensor | None = None
+    """[T] of two heads ``a``, ``b``, whose ``max_logit`` and ``sum_exp`` are then stacked ``[2, T]``:
+    ``Σ_j exp(u_aj) (u_aj − u_bj)`` with ``u_j = z_j − m``."""
+
     argmax: Tensor | None = None
     """[T] int64 the class of the largest logit, the smallest of several."""
 
@@ -118,6 +122,14 @@ def empty_stats(target_row: Tensor, dtype: torch.dtype, wanted: Wanted) -> PartS
     )
 
 
+def empty_joint_stats(num_tokens: int, dtype: torch.dtype, device: torch.device, *, cross: bool) -> PartStats:
+    """Statistics of two heads over no class at all."""
+    of_both = torch.zeros(2, num_tokens, dtype=dtype, device=device)
+    no_target = of_both.new_empty(num_tokens, 0)
+    sum_cross = torch.zeros_like(of_both[0]) if cross else None
+    return PartStats(torch.full_like(of_both, -torch.inf), of_both, no_target, no_target, cross=sum_cross)
+
+
 def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
     """The same part with its exponentials measured from another maximum, and no argmax where that is larger.
 
@@ -131,10 +143,15 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
     sum_exp_logit = part.sum_exp_logit
     if sum_exp_logit is not None:
         sum_exp_logit = sum_exp_logit * scale + sum_exp * shift.masked_fill(shift == -torch.inf, 0.0)
+    cross = part.cross
+    if cross is not None:
+        (scale_a, _), (sum_exp_a, _), (shift_a, shift_b) = (pair.unbind(-2) for pair in (scale, part.sum_exp, shift))
+        # A part in which a has no probability contributes nothing, whatever b holds there.
+        cross = torch.where(scale_a * sum_exp_a > 0, scale_a * (cross + sum_exp_a * (shift_a - shift_b)), 0.0)
     argmax = part.argmax
     if argmax is not None:
         argmax = torch.where(part.max_logit == max_logit, argmax, _NO_CLASS)
-    return part._replace(max_logit=max_logit, sum_exp=sum_exp, sum_exp_logit=sum_exp_logit, argmax=argmax)
+    return part._replace(max_logit=max_logit, sum_exp=sum_exp, sum_exp_logit=sum_exp_logit, cross=cross, argmax=argmax)
 
 
 def merge_stats(parts: PartStats) -> PartStats:
@@ -148,14 +165,14 @@ def merge_stats(parts: PartStats) -> PartStats:
 
 def whole_stats(whole: PartStats) -> TokenStats:
     """What the statistics of the whole vocabulary say of each token."""
-    max_logit, sum_exp, target_logit, _, logit_sum, sum_exp_logit, argmax = whole
+    sum_exp_logit, argmax = whole.sum_exp_logit, whole.argmax
     return TokenStats(
-        max_logit,
-        sum_exp.log(),
-        target_logit - max_logit[:, None],
-        logit_sum,
-        None if sum_exp_logit is None else sum_exp_logit / sum_exp,
-        None if argmax is None else argmax.masked_fill(sum_exp.isnan(), -1),
+        whole.max_logit,
+        whole.sum_exp.log(),
+        whole.target_logit - whole.max_logit[:, None],
+        whole.logit_sum,
+        None if sum_exp_logit is None else sum_exp_logit / whole.sum_exp,
+        None if argmax is None else argmax.masked_fill(whole.sum_exp.isnan(), -1),
     )
 
 

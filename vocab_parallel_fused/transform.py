@@ -1,9 +1,10 @@
-"""What happens to a logit between the linear layer and the softmax."""
+"""What logits are made of: a linear layer, and what happens to them between it and the softmax."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,3 +64,17 @@ class LogitTransform:
             dlogits *= tanh
         factor = self.outer * self.inner
         return dlogits if factor == 1.0 else dlogits.mul_(factor)
+
+
+class Operands(NamedTuple):
+    """What one head's logits are computed from."""
+
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+
+    def block(self, tokens: slice, rows: slice) -> Operands:
+        """The operands of some tokens and rows."""
+        bias = None if self.bias is None else self.bias[rows]
+        return Operands(self.hidden[tokens], self.weight[rows], bias, self.transform)
