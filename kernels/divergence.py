@@ -32,6 +32,7 @@ from vocab_parallel_fused.stats import PartStats, empty_joint_stats, merge_stats
 from vocab_parallel_fused.transform import Operands
 
 _PARTIAL_BYTES = 8 * 2**20
+_LARGEST_BLOCK_V = 128
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -467,8 +468,10 @@ def local_divergence_grads(
 
 
 def narrowed(tile: TileConfig) -> TileConfig:
-    """A tile of which two accumulators fit where one of the widest does."""
-    return dataclasses.replace(tile, block_v=min(tile.block_v, 128))
+    """A tile of which two accumulators fit where one of the widest does, with the memory this leaves put to use."""
+    if tile.block_v <= _LARGEST_BLOCK_V:
+        return tile
+    return dataclasses.replace(tile, block_v=_LARGEST_BLOCK_V, num_stages=tile.num_stages + 1)
 
 
 def _chunks(T: int, V: int, tile: TileConfig, *, numbers_per_token: int) -> Iterator[tuple[slice, int]]:

@@ -21,7 +21,7 @@ from vocab_parallel_fused.kernels.tiles import current_arch, logits_tile, operan
 from vocab_parallel_fused.transform import Operands
 
 _LARGEST_BLOCK = 4096  # logits of one token that a program holds in registers
-_KEEP_LAUNCH: dict[str, Any] = {"num_warps": 8}
+_KEEP_LAUNCH: dict[str, Any] = {"num_warps": 4}
 
 
 @triton.jit
