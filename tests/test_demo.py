@@ -53,8 +53,8 @@ def test_fails_if_the_sharded_head_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Wrong(VocabParallelLinearCrossEntropy):
-        def forward(self, input: Tensor, target: Tensor) -> Tensor:
-            return 1.0001 * super().forward(input, target)
+        def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
+            return 1.0001 * super().forward(input, target, token_weight)
 
     monkeypatch.setattr(demo, "VocabParallelLinearCrossEntropy", Wrong)
     with pytest.raises(SystemExit, match="The loss curves part"):

@@ -51,7 +51,7 @@ ALLOWED = {
         "stats",
         "transform",
     },
-    "modules": {"collectives", "functional", "options", "sharding"},
+    "modules": {"arguments", "collectives", "functional", "options", "sharding"},
     "testing": {"functional", "options", "sharding"},
     "__init__": {"functional", "losses", "modules", "options", "sharding"},
 }

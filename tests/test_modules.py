@@ -143,3 +143,21 @@ def test_is_an_ordinary_module() -> None:
     copy = pickle.loads(pickle.dumps(head))
     hidden, target = torch.randn(4, H, dtype=torch.bfloat16), torch.arange(4)
     assert torch.equal(head(hidden, target), copy(hidden, target))
+
+
+def test_a_head_knows_its_arguments() -> None:
+    """Every method of a head computes with the head's own bias, soft cap and temperature."""
+    head = VocabParallelLinearCrossEntropy(H, 40, bias=True, logit_softcap=2.0, temperature=0.5, label_smoothing=0.1)
+    hidden, target, token_weight = torch.randn(3, 4, H), torch.randint(40, (3, 4)), torch.rand(3, 4)
+    logits = 2 * torch.tanh(F.linear(hidden, head.weight, head.bias) / 2) / 0.5
+    log_probs = logits.log_softmax(-1)
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.1, reduction="none")
+    expected = (losses * token_weight.flatten()).sum() / token_weight.sum()
+    torch.testing.assert_close(head(hidden, target, token_weight), expected)
+    stats = head.token_stats(hidden, target, outputs=["log_prob", "entropy"])
+    torch.testing.assert_close(stats.log_prob, log_probs.gather(-1, target[..., None])[..., 0])
+    torch.testing.assert_close(stats.entropy, -(log_probs.exp() * log_probs).sum(-1))
+    assert stats.lse is None
+    top = head.top_k(hidden, 3)
+    torch.testing.assert_close(top.log_prob, log_probs.topk(3).values)
+    assert torch.equal(top.class_id, log_probs.topk(3).indices)

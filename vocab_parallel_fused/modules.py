@@ -2,14 +2,23 @@
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self, TypedDict, Unpack
 
+from vocab_parallel_fused.arguments import LinearArguments
 from vocab_parallel_fused.collectives import Group, resolve_group
-from vocab_parallel_fused.functional import Reduction, linear_cross_entropy
+from vocab_parallel_fused.functional import (
+    LinearTokenStats,
+    LinearTopK,
+    Reduction,
+    linear_cross_entropy,
+    linear_token_stats,
+    linear_top_k,
+)
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
 
@@ -21,6 +30,11 @@ class LossArguments(TypedDict, total=False):
 
     reduction: Reduction
     ignore_index: int
+    label_smoothing: float
+    z_loss_weight: float
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
     sequence_parallel: bool
     options: ComputeOptions | None
 
@@ -104,11 +118,39 @@ class VocabParallelLinearCrossEntropy(nn.Module):
             if self.bias is not None:
                 self.bias[first - start : last - start] = drawn[:, -1].to(self.bias.dtype)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``, both as in the function."""
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``, each as in the function."""
         return linear_cross_entropy(
-            input, self.weight, target, linear_bias=self.bias, group=self.group, shard=self.shard, **self.loss_arguments
+            input,
+            self.weight,
+            target,
+            linear_bias=self.bias,
+            token_weight=token_weight,
+            group=self.group,
+            shard=self.shard,
+            **self.loss_arguments,
         )
+
+    def token_stats(
+        self, input: Tensor, target: Tensor | None = None, *, outputs: Collection[str] | None = None
+    ) -> LinearTokenStats:
+        """:func:`~vocab_parallel_fused.linear_token_stats` of this layer: log-probabilities, entropies and more."""
+        ignore_index = self.loss_arguments.get("ignore_index", -100)
+        return linear_token_stats(
+            input, self.weight, target, outputs=outputs, ignore_index=ignore_index, **self.linear_arguments
+        )
+
+    def top_k(self, input: Tensor, k: int) -> LinearTopK:
+        """:func:`~vocab_parallel_fused.linear_top_k` of this layer: its most probable classes."""
+        return linear_top_k(input, self.weight, k, **self.linear_arguments)
+
+    @property
+    def linear_arguments(self) -> LinearArguments:
+        """What the functions on a linear layer take beside its input and its weight."""
+        kept: Any = {
+            name: value for name, value in self.loss_arguments.items() if name in LinearArguments.__annotations__
+        }
+        return LinearArguments(linear_bias=self.bias, group=self.group, shard=self.shard, **kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with its own parameters, in the same group."""
