@@ -3,7 +3,8 @@
     python launch/check.py                                           # one rank
     torchrun --standalone --nproc-per-node 4 launch/check.py         # gloo without GPUs, NCCL with one GPU each
 
-Every row is one call, forward and backward, with a random upstream gradient per token. An error is the largest
+Every row is one loss per token, forward and backward, with a random upstream gradient: the cross-entropy in every way
+that ranks can share it, and what else a loss may be made of, each once per implementation. An error is the largest
 difference from float64 as a fraction of the largest value, the worst over all ranks; its budget comes from what plain
 PyTorch of the same dtype loses (``vocab_parallel_fused.testing.check_error_budget``). Each call is made twice: ranks
 and runs must agree to the bit. The exit code is 0 if every row passes.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from bootstrap import Context, distributed
+from check_features import make_features
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -47,10 +49,15 @@ SMALL = (Shape(132, 72, 1003), Shape(12, 40, 5), Shape(4, 9, 129))
 REAL = (Shape(8192, 4096, 16032), Shape(4096, 2304, 256000), Shape(16384, 1024, 151936), Shape(4100, 4090, 18993))
 
 
+# Full logits of all but the cross-entropy take several times their memory in float64.
+FEATURE_SHAPES = (*SMALL, REAL[0], REAL[3])
+
+
 class Case(NamedTuple):
+    loss: str
     dtype: torch.dtype
-    impl: str
-    combine: str
+    impl: Impl
+    combine: Combine
     sequence_parallel: bool
 
 
@@ -62,7 +69,7 @@ def main() -> int:
         on_gpu = context.device.type == "cuda"
         chosen = arguments.shapes or ("all" if on_gpu else "small")
         shapes = {"small": SMALL, "real": REAL, "all": SMALL + REAL}[chosen]
-        columns = ["shape", "dtype", "impl", "combine", "seq. par.", *Results._fields, "same bits", ""]
+        columns = ["shape", "loss", "dtype", "impl", "combine", "seq. par.", *Results._fields, "same bits", ""]
         table = Table(*columns)
         failures = 0
         for shape in track(shapes, console=Console(stderr=True), disable=context.rank != 0):
@@ -71,6 +78,7 @@ def main() -> int:
                 failures += not passed
                 table.add_row(
                     "×".join(map(str, shape)),
+                    case.loss,
                     str(case.dtype).removeprefix("torch."),
                     case.impl,
                     case.combine,
@@ -95,34 +103,41 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
     several = context.group is not None
     impls: list[Impl] = ["eager", "triton"] if on_gpu else ["eager"]
     combines: list[Combine] = ["all_gather", "all_reduce"] if several else ["all_gather"]
-    dtypes = [torch.bfloat16, torch.float16, torch.float32]
     can_shard_tokens = several and shape.T % context.world_size == 0
+    shard = VocabShard.even(shape.V, context.group)
     rows = []
-    for dtype in dtypes:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         problem = make_problem(*shape, dtype=dtype, device=context.device)
-        reference = full_logits_results(problem.to(torch.float64))
-        same_dtype = full_logits_results(problem)
-        shard = VocabShard.even(shape.V, context.group)
-        for impl, combine, sequence_parallel in product(impls, combines, [False, True][: 1 + can_shard_tokens]):
-            options = ComputeOptions(impl=impl, combine=combine)
-            expected, budget = (
-                local_part(results, context.group, shard, sequence_parallel=sequence_parallel)
-                for results in (reference, same_dtype)
-            )
-            first, second = (
-                sharded_results(problem, context.group, shard, sequence_parallel=sequence_parallel, options=options)
-                for _ in range(2)
-            )
-            checks = check_error_budget(first, budget, expected, ranks=context.world_size)
-            same_runs = all(
-                torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None
-            )
-            rows.append(
-                (
-                    Case(dtype, impl, combine, sequence_parallel),
-                    *_worst(checks, same_runs, first, sequence_parallel, context),
+        features = make_features(problem, context.group, shard) if shape in FEATURE_SHAPES else {}
+        for name, feature in (("cross-entropy", None), *features.items()):
+            of_logits = None if feature is None else feature.of_logits
+            reference = full_logits_results(problem.to(torch.float64), loss=of_logits)
+            same_dtype = full_logits_results(problem, loss=of_logits)
+            ways = product(impls, combines, [False, True][: 1 + can_shard_tokens])
+            if feature is not None:
+                ways = product(impls, combines[:1], [can_shard_tokens])
+            for impl, combine, sequence_parallel in ways:
+                case = Case(name, dtype, impl, combine, sequence_parallel)
+                expected, budget = (
+                    local_part(results, context.group, shard, sequence_parallel=sequence_parallel)
+                    for results in (reference, same_dtype)
                 )
-            )
+                first, second = (
+                    sharded_results(
+                        problem,
+                        context.group,
+                        shard,
+                        sequence_parallel=sequence_parallel,
+                        options=ComputeOptions(impl=impl, combine=combine),
+                        loss=None if feature is None else feature.of_part,
+                    )
+                    for _ in range(2)
+                )
+                checks = check_error_budget(first, budget, expected, ranks=context.world_size)
+                same_runs = all(
+                    torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None
+                )
+                rows.append((case, *_worst(checks, same_runs, first, sequence_parallel, context)))
     return rows
 
 

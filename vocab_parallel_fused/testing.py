@@ -84,20 +84,25 @@ def make_problem(
     return Problem(normal(T, H), normal(V, H, std=3 / H**0.5), normal(V) if bias else None, target, upstream)
 
 
-def full_logits_results(problem: Problem, *, ignore_index: int = -100) -> Results:
+def full_logits_results(
+    problem: Problem, *, ignore_index: int = -100, loss: Callable[[Tensor], Tensor] | None = None
+) -> Results:
     """The oracle: torch's cross-entropy on stored logits, in the problem's dtype up to the logits.
 
     Gradients are those of 16-bit logits upcast before the softmax, which is how models are usually trained. The losses
     are those of logits never rounded to 16 bits, as the op's are not: products of the device's own 16-bit matrix units
     where those can leave an fp32 result, and of upcast operands elsewhere.
+
+    Args:
+        problem: whose logits.
+        ignore_index: of the cross-entropy.
+        loss: another function of the logits ``[T, V]``, fp32 or fp64, to losses ``[T]``.
     """
     hidden, weight, bias, target, _ = problem
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-
-    def cross_entropy(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.to(dtype), target, reduction="none", ignore_index=ignore_index)
-
-    results = gradients(cross_entropy(F.linear(hidden, weight, bias)), problem)
+    if loss is None:
+        loss = functools.partial(F.cross_entropy, target=target, reduction="none", ignore_index=ignore_index)
+    results = gradients(loss(F.linear(hidden, weight, bias).to(dtype)), problem)
     if hidden.dtype == dtype:
         return results
     with torch.no_grad():
@@ -107,7 +112,7 @@ def full_logits_results(problem: Problem, *, ignore_index: int = -100) -> Result
             if on_matrix_units
             else hidden.to(dtype) @ weight.to(dtype).t()
         )
-        return results._replace(loss=cross_entropy(product if bias is None else product + bias))
+        return results._replace(loss=loss(product if bias is None else product + bias))
 
 
 def gradients(loss: Tensor, problem: Problem) -> Results:
@@ -125,39 +130,42 @@ def sharded_results(
     sequence_parallel: bool = False,
     ignore_index: int = -100,
     options: ComputeOptions | None = None,
+    loss: Callable[..., Tensor] | None = None,
 ) -> Results:
     """This rank's results of the op on its part of ``problem``, which is the same on every rank.
 
-    Padding rows of the shard hold large numbers, so that they show if they take part. The loss is that of all tokens;
-    ``dhidden`` covers this rank's tokens, ``dweight`` and ``dbias`` its rows, padding included.
+    The loss is that of all tokens; ``dhidden`` covers this rank's tokens, ``dweight`` and ``dbias`` its rows, padding
+    included.
+
+    Args:
+        problem: whose parts.
+        group, shard, sequence_parallel, options: as the op takes them.
+        ignore_index: of the cross-entropy.
+        loss: another function of this rank's part, a :class:`Problem` itself, and those four as keywords, to losses
+            ``[T]`` of all tokens.
     """
-
-    def rows(full: Tensor | None) -> Tensor | None:
-        if full is None:
-            return None
-        padding = full.new_full((shard.num_rows - shard.num_valid_rows, *full.shape[1:]), 1e3)
-        real = full[shard.start : shard.start + shard.num_valid_rows]
-        return torch.cat((real, padding)).detach().requires_grad_()
-
-    hidden = problem.hidden
-    if sequence_parallel and group is not None:
-        hidden = hidden.chunk(group.size())[group.rank()]
-    hidden = hidden.detach().requires_grad_()
-    weight, bias = rows(problem.weight), rows(problem.bias)
-    assert weight is not None
-    loss = linear_cross_entropy(
-        hidden,
-        weight,
-        problem.target,
-        linear_bias=bias,
-        reduction="none",
-        ignore_index=ignore_index,
-        group=group,
-        shard=shard,
-        sequence_parallel=sequence_parallel,
-        options=options,
+    hidden = local_tokens(problem.hidden, group, sequence_parallel=sequence_parallel).detach().requires_grad_()
+    weight, bias = (
+        None if p is None else local_rows(p, shard).requires_grad_() for p in (problem.weight, problem.bias)
     )
-    return gradients(loss, problem._replace(hidden=hidden, weight=weight, bias=bias))
+    assert weight is not None
+    part = problem._replace(hidden=hidden, weight=weight, bias=bias)
+    keywords: Any = {"group": group, "shard": shard, "sequence_parallel": sequence_parallel, "options": options}
+    if loss is not None:
+        return gradients(loss(part, **keywords), part)
+    keywords |= {"linear_bias": bias, "reduction": "none", "ignore_index": ignore_index}
+    return gradients(linear_cross_entropy(hidden, weight, problem.target, **keywords), part)
+
+
+def local_tokens(full: Tensor, group: ProcessGroup | None, *, sequence_parallel: bool) -> Tensor:
+    """This rank's part of all tokens ``[T, *]``."""
+    return full if group is None or not sequence_parallel else full.chunk(group.size())[group.rank()]
+
+
+def local_rows(full: Tensor, shard: VocabShard) -> Tensor:
+    """The shard's rows of ``[V, *]``. Padding rows hold large numbers, so that they show if they take part."""
+    padding = full.new_full((shard.num_rows - shard.num_valid_rows, *full.shape[1:]), 1e3)
+    return torch.cat((full[shard.start : shard.start + shard.num_valid_rows], padding)).detach()
 
 
 def local_part(full: Results, group: ProcessGroup | None, shard: VocabShard, *, sequence_parallel: bool) -> Results:
@@ -169,10 +177,8 @@ def local_part(full: Results, group: ProcessGroup | None, shard: VocabShard, *, 
         padding = gradient.new_zeros(shard.num_rows - shard.num_valid_rows, *gradient.shape[1:])
         return torch.cat((gradient[shard.start : shard.start + shard.num_valid_rows], padding))
 
-    dhidden, dweight = full.dhidden, rows(full.dweight)
+    dhidden, dweight = local_tokens(full.dhidden, group, sequence_parallel=sequence_parallel), rows(full.dweight)
     assert dweight is not None
-    if sequence_parallel and group is not None:
-        dhidden = dhidden.chunk(group.size())[group.rank()]
     return Results(full.loss, dhidden, dweight, rows(full.dbias))
 
 
