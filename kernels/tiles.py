@@ -83,7 +83,7 @@ def logits_tile(
 def transform_logits(raw, inner, outer, TRANSFORM: tl.constexpr):
     """z = outer · tanh(inner · a) with a soft cap, outer · a with a scale: `LogitTransform` in fp32."""
     if TRANSFORM == "softcap":
-        # tanh x = 1 − 2 / (1 + exp 2x): off by at most 2⁻²³, and right for any x, as exp may overflow.
+        # tanh x = 1 − 2 / (1 + exp 2x): off by some 2⁻²², and right for any x, as exp may overflow.
         return outer * (1 - 2 / (1 + tl.exp2(raw * (2 * LOG2E * inner))))
     if TRANSFORM == "scale":
         return outer * raw

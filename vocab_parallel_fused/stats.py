@@ -1,8 +1,8 @@
 """Per-token statistics of logits: those of parts of the vocabulary, how parts merge, and those of the whole.
 
 The statistics of a tile, a shard and the full vocabulary are one kind of thing, :class:`PartStats`, and any two merge.
-Logits enter them as differences from the part's largest one. So a sum of exponentials neither overflows nor loses the
-small terms beside a large logit: a confident token's loss is as precise as fp32 can hold it.
+Logits enter them as differences from the part's largest one. So no sum of exponentials overflows, and a confident
+token's loss has the error of a sum near 1, however large its logits are.
 """
 
 from __future__ import annotations
