@@ -66,14 +66,14 @@ def _tile_stats(
     """Statistics of one tile ``[tokens, rows]``, which is overwritten."""
     owned, column = _target_column(target_row, first_row, logits.shape[1])
     target_logit = logits.gather(1, column).masked_fill(~owned, 0.0)
-    logit_sum = None
-    if wanted.logit_sum:
-        logit_sum = logits.sum(dim=1) if class_weight is None else logits @ class_weight
     max_logit, argmax = logits.max(dim=1)
     # Where all logits are −inf the reference must be finite, or −inf − −inf would make a NaN.
     differences = logits.sub_(max_logit.masked_fill(max_logit == -torch.inf, 0.0)[:, None])
     exps = differences.exp()
-    sum_exp_logit = None
+    class_sum = logit_sum = sum_exp_logit = None
+    if wanted.logit_sum:
+        weights = torch.ones_like(logits[0]) if class_weight is None else class_weight
+        class_sum, logit_sum = weights.sum().expand_as(max_logit), differences @ weights
     if wanted.expected_logit:
         # A class of logit −inf has probability 0, and 0 · −inf must be 0.
         sum_exp_logit = (exps * differences.masked_fill_(differences == -torch.inf, 0.0)).sum(dim=1)
@@ -82,6 +82,7 @@ def _tile_stats(
         exps.sum(dim=1),
         target_logit,
         torch.zeros_like(target_logit),
+        class_sum,
         logit_sum,
         sum_exp_logit,
         argmax=argmax + first_row if wanted.argmax else None,

@@ -47,6 +47,7 @@ def partial_stats_kernel(
     class_weight_ptr,  # [V] or None: all 1
     partial_max_ptr,  # [num_tiles, T] out
     partial_sum_exp_ptr,  # [num_tiles, T] out
+    partial_class_sum_ptr,  # [num_tiles, T] out, or None if the next is
     partial_logit_sum_ptr,  # [num_tiles, T] out, or None
     partial_sum_exp_logit_ptr,  # [num_tiles, T] out, or None
     partial_argmax_ptr,  # [num_tiles, T] int32 out, or None
@@ -98,12 +99,6 @@ def partial_stats_kernel(
     mask_t = offs_t < T
     out = pid_v.to(tl.int64) * T + offs_t
 
-    if partial_logit_sum_ptr is not None:
-        if class_weight_ptr is not None:
-            class_weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0)
-        else:
-            class_weight = (offs_v < V).to(tl.float32)
-        tl.store(partial_logit_sum_ptr + out, tl.sum(z * class_weight[None, :], axis=1), mask=mask_t)
     if off_v + BLOCK_V > V:
         z = tl.where((offs_v < V)[None, :], z, -float("inf"))
     maximum = tl.max(z, axis=1)
@@ -114,6 +109,16 @@ def partial_stats_kernel(
     tl.store(partial_sum_exp_ptr + out, sum_exp, mask=mask_t)
     if partial_sum_exp_logit_ptr is not None:
         tl.store(partial_sum_exp_logit_ptr + out, sum_exp_logit, mask=mask_t)
+    if partial_logit_sum_ptr is not None:
+        if class_weight_ptr is not None:
+            class_weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0)
+        else:
+            class_weight = (offs_v < V).to(tl.float32)
+        terms = class_weight[None, :] * (z - finite[:, None])
+        if off_v + BLOCK_V > V:
+            terms = tl.where((offs_v < V)[None, :], terms, 0.0)
+        tl.store(partial_class_sum_ptr + out, tl.zeros_like(maximum) + tl.sum(class_weight, axis=0), mask=mask_t)
+        tl.store(partial_logit_sum_ptr + out, tl.sum(terms, axis=1), mask=mask_t)
     if partial_argmax_ptr is not None:
         # Where nothing equals the maximum, which takes a NaN, any row will do.
         row = tl.min(tl.where(z == maximum[:, None], offs_v[None, :], V - 1), axis=1)
@@ -140,11 +145,13 @@ def exp_sums(z, maximum, WITH_LOGITS: tl.constexpr):
 def merge_partials_kernel(
     partial_max_ptr,  # [num_partials, T]
     partial_sum_exp_ptr,  # [num_partials, T]
+    partial_class_sum_ptr,  # [num_partials, T] or None
     partial_logit_sum_ptr,  # [num_partials, T] or None
     partial_sum_exp_logit_ptr,  # [num_partials, T] or None
     partial_argmax_ptr,  # [num_partials, T] int32, or None
     max_ptr,  # [T] in unless FIRST, out; so are the others
     sum_exp_ptr,  # [T]
+    class_sum_ptr,  # [T] or None
     logit_sum_ptr,  # [T] or None
     sum_exp_logit_ptr,  # [T] or None
     argmax_ptr,  # [T] int64, or None
@@ -158,20 +165,12 @@ def merge_partials_kernel(
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_p = tl.arange(0, BLOCK_P)
     mask_t = offs_t < T
-    maximum = tl.full((BLOCK_T,), -float("inf"), dtype=tl.float32)
-    sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    logit_sum = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    sum_exp_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    argmax = tl.zeros((BLOCK_T,), dtype=tl.int64)
-    if not FIRST:
-        maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
-        sum_exp = tl.load(sum_exp_ptr + offs_t, mask=mask_t, other=0.0)
-        if logit_sum_ptr is not None:
-            logit_sum = tl.load(logit_sum_ptr + offs_t, mask=mask_t, other=0.0)
-        if sum_exp_logit_ptr is not None:
-            sum_exp_logit = tl.load(sum_exp_logit_ptr + offs_t, mask=mask_t, other=0.0)
-        if argmax_ptr is not None:
-            argmax = tl.load(argmax_ptr + offs_t, mask=mask_t, other=0)
+    maximum = _merged_before(max_ptr, offs_t, mask_t, -float("inf"), FIRST, BLOCK_T)
+    sum_exp = _merged_before(sum_exp_ptr, offs_t, mask_t, 0.0, FIRST, BLOCK_T)
+    class_sum = _merged_before(class_sum_ptr, offs_t, mask_t, 0.0, FIRST, BLOCK_T)
+    logit_sum = _merged_before(logit_sum_ptr, offs_t, mask_t, 0.0, FIRST, BLOCK_T)
+    sum_exp_logit = _merged_before(sum_exp_logit_ptr, offs_t, mask_t, 0.0, FIRST, BLOCK_T)
+    argmax = _merged_before(argmax_ptr, offs_t, mask_t, 0, FIRST, BLOCK_T).to(tl.int64)
     for first in range(0, num_partials, BLOCK_P):
         partials = first + offs_p
         offs = partials.to(tl.int64)[:, None] * T + offs_t[None, :]
@@ -186,7 +185,12 @@ def merge_partials_kernel(
         scale = tl.exp(shift)
         part_scale = tl.exp(part_shift)
         if logit_sum_ptr is not None:
-            logit_sum += tl.sum(tl.load(partial_logit_sum_ptr + offs, mask=mask, other=0.0), axis=0)
+            # In an empty part, or one of −inf alone, nothing is left to shift.
+            part_class_sum = tl.load(partial_class_sum_ptr + offs, mask=mask, other=0.0)
+            part_logit_sum = tl.load(partial_logit_sum_ptr + offs, mask=mask, other=0.0)
+            part_logit_sum += part_class_sum * tl.where(part_shift == -float("inf"), 0.0, part_shift)
+            logit_sum += class_sum * tl.where(shift == -float("inf"), 0.0, shift) + tl.sum(part_logit_sum, axis=0)
+            class_sum += tl.sum(part_class_sum, axis=0)
         if sum_exp_logit_ptr is not None:
             part_logit = tl.load(partial_sum_exp_logit_ptr + offs, mask=mask, other=0.0)
             part_logit = part_scale * (part_logit + part_sum_exp * tl.maximum(part_shift, -128.0))
@@ -201,11 +205,22 @@ def merge_partials_kernel(
     tl.store(max_ptr + offs_t, maximum, mask=mask_t)
     tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_t)
     if logit_sum_ptr is not None:
+        tl.store(class_sum_ptr + offs_t, class_sum, mask=mask_t)
         tl.store(logit_sum_ptr + offs_t, logit_sum, mask=mask_t)
     if sum_exp_logit_ptr is not None:
         tl.store(sum_exp_logit_ptr + offs_t, sum_exp_logit, mask=mask_t)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + offs_t, argmax, mask=mask_t)
+
+
+@triton.jit
+def _merged_before(ptr, offs_t, mask_t, nothing, FIRST: tl.constexpr, BLOCK_T: tl.constexpr):
+    """[BLOCK_T] what earlier launches merged: of the FIRST, and of a statistic that nobody wants, nothing."""
+    merged = tl.full((BLOCK_T,), nothing, dtype=tl.float32)
+    if ptr is not None:  # noqa: SIM102 (the compiler would not see that `ptr is not None and not FIRST` is a constant)
+        if not FIRST:
+            merged = tl.load(ptr + offs_t, mask=mask_t, other=0)
+    return merged
 
 
 @triton.jit
@@ -275,19 +290,20 @@ def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None,
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype)
     num_tiles = -(-V // tile.block_v)
-    max_logit, sum_exp, *optional = hidden.new_empty(2 + sum(wanted[:2]), T, dtype=torch.float32)
-    optional = iter(optional)
+    numbers = iter(hidden.new_empty(2 + 2 * wanted.logit_sum + wanted.expected_logit, T, dtype=torch.float32))
     stats = PartStats(
-        max_logit,
-        sum_exp,
+        next(numbers),
+        next(numbers),
         *hidden.new_empty(2, *target_row.shape, dtype=torch.float32),
-        logit_sum=next(optional) if wanted.logit_sum else None,
-        sum_exp_logit=next(optional) if wanted.expected_logit else None,
+        class_sum=next(numbers) if wanted.logit_sum else None,
+        logit_sum=next(numbers) if wanted.logit_sum else None,
+        sum_exp_logit=next(numbers) if wanted.expected_logit else None,
         argmax=hidden.new_empty(T, dtype=torch.int64) if wanted.argmax else None,
     )
     reduced = {
         "max": stats.max_logit,
         "sum_exp": stats.sum_exp,
+        "class_sum": stats.class_sum,
         "logit_sum": stats.logit_sum,
         "sum_exp_logit": stats.sum_exp_logit,
         "argmax": stats.argmax,

@@ -90,11 +90,11 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | _absent(terms, present)
             types = TYPES | {"dlogits_ptr": _element(dtype, pointer=True)}
             compiler.build(backward.target_dlogits_kernel, types, constants, {}, f"{dtype} {transform=}")
-    for first, present in ((True, ()), (False, ("logit_sum", "sum_exp_logit", "argmax"))):
+    merged = ("class_sum", "logit_sum", "sum_exp_logit", "argmax")
+    for first, present in ((True, ()), (False, merged)):
         constants = {"FIRST": first, **forward._MERGE_LAUNCH}
         for prefix in ("", "partial_"):
-            names = [prefix + name for name in ("logit_sum", "sum_exp_logit", "argmax")]
-            constants |= _absent(names, [prefix + name for name in present])
+            constants |= _absent([prefix + name for name in merged], [prefix + name for name in present])
         compiler.build(forward.merge_partials_kernel, TYPES, constants, {}, f"{first=}")
     compiler.build(backward.add_repeated_kernel, TYPES, backward._TARGET_LAUNCH, {}, "")
     constants = {"BLOCK_V": selection._LARGEST_BLOCK, "BLOCK_K": 128}
@@ -136,13 +136,16 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
     constants |= own_constants
     types = TYPES | own_types(tile) | {"dlogits_ptr": pointer}
     for kernel, terms in (
-        (forward.partial_stats_kernel, ("partial_logit_sum", "partial_sum_exp_logit", "partial_argmax")),
-        (backward.dlogits_kernel, ("slope", "grad_logit_sum")),
+        (
+            forward.partial_stats_kernel,
+            [("partial_class_sum", "partial_logit_sum"), ("partial_sum_exp_logit",), ("partial_argmax",)],
+        ),
+        (backward.dlogits_kernel, [("slope",), ("grad_logit_sum",)]),
     ):
-        everything = ("class_weight", *terms)
-        chosen: list[tuple[str, ...]] = [everything if transform == "softcap" else ()]
+        everything = ("class_weight", *(name for term in terms for name in term))
+        chosen = [everything if transform == "softcap" else ()]
         if transform == "identity" and dtype == torch.bfloat16:
-            chosen += [(term,) for term in terms]
+            chosen += terms
         for present in chosen:
             compiler.build(kernel, types, constants | _absent(everything, present), options, f"{about} {present}")
 

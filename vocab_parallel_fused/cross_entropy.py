@@ -43,7 +43,7 @@ def cross_entropy(
     if label_smoothing:
         assert stats.logit_sum is not None
         total = vocab_size if class_weight is None else class_weight.sum()
-        of_classes = total * (stats.lse + stats.max_logit) - stats.logit_sum
+        of_classes = total * stats.lse - stats.logit_sum
         loss = (1 - label_smoothing) * loss + label_smoothing / vocab_size * torch.where(valid, of_classes, 0.0)
     loss = reduce_tokens(loss, target_weight, token_weight, valid, reduction)
     if z_loss_weight:

@@ -40,8 +40,11 @@ class PartStats(NamedTuple):
     """[T, K] how many shards of the part hold the target row: 0 or 1 on a rank, 1 overall if they tile the
     vocabulary."""
 
+    class_sum: Tensor | None = None
+    """[T] ``Σ_j c_j``, with class weights ``c`` or 1; there if ``logit_sum`` is."""
+
     logit_sum: Tensor | None = None
-    """[T] ``Σ_j c_j z_j``, with class weights ``c`` or 1."""
+    """[T] ``Σ_j c_j (z_j − m)``."""
 
     sum_exp_logit: Tensor | None = None
     """[T] ``Σ_j exp(z_j − m) (z_j − m)``, at most 0."""
@@ -72,7 +75,7 @@ class TokenStats(NamedTuple):
     """[T, K] ``z_y − max_logit`` of each target."""
 
     logit_sum: Tensor | None
-    """[T] ``Σ_j c_j z_j``, not measured from ``max_logit``."""
+    """[T] ``Σ_j c_j (z_j − max_logit)``."""
 
     expected_logit: Tensor | None
     """[T] ``Σ_j p_j (z_j − max_logit)``."""
@@ -116,6 +119,7 @@ def empty_stats(target_row: Tensor, dtype: torch.dtype, wanted: Wanted) -> PartS
         sum_exp=zero,
         target_logit=torch.zeros_like(target_row, dtype=dtype),
         owners=(target_row >= 0).to(dtype),
+        class_sum=zero.clone() if wanted.logit_sum else None,
         logit_sum=zero.clone() if wanted.logit_sum else None,
         sum_exp_logit=zero.clone() if wanted.expected_logit else None,
         argmax=torch.full_like(zero, _NO_CLASS, dtype=torch.int64) if wanted.argmax else None,
@@ -140,9 +144,14 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
     shift = part.max_logit - reference
     scale = torch.exp(shift)
     sum_exp = part.sum_exp * scale
+    # In an empty part, or one of −inf alone, nothing is left to shift.
+    finite_shift = shift.masked_fill(shift == -torch.inf, 0.0)
+    logit_sum = part.logit_sum
+    if logit_sum is not None and part.class_sum is not None:
+        logit_sum = logit_sum + part.class_sum * finite_shift
     sum_exp_logit = part.sum_exp_logit
     if sum_exp_logit is not None:
-        sum_exp_logit = sum_exp_logit * scale + sum_exp * shift.masked_fill(shift == -torch.inf, 0.0)
+        sum_exp_logit = sum_exp_logit * scale + sum_exp * finite_shift
     cross = part.cross
     if cross is not None:
         (scale_a, _), (sum_exp_a, _), (shift_a, shift_b) = (pair.unbind(-2) for pair in (scale, part.sum_exp, shift))
@@ -151,7 +160,14 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
     argmax = part.argmax
     if argmax is not None:
         argmax = torch.where(part.max_logit == max_logit, argmax, _NO_CLASS)
-    return part._replace(max_logit=max_logit, sum_exp=sum_exp, sum_exp_logit=sum_exp_logit, cross=cross, argmax=argmax)
+    return part._replace(
+        max_logit=max_logit,
+        sum_exp=sum_exp,
+        logit_sum=logit_sum,
+        sum_exp_logit=sum_exp_logit,
+        cross=cross,
+        argmax=argmax,
+    )
 
 
 def merge_stats(parts: PartStats) -> PartStats:
