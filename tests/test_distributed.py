@@ -2,7 +2,7 @@
 
 import time
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy
+from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy, linear_token_stats
+from vocab_parallel_fused import autograd as vpf_autograd
 from vocab_parallel_fused import collectives as vpf_collectives
 from vocab_parallel_fused.options import Combine, Impl
 from vocab_parallel_fused.stats import PartStats
@@ -171,6 +172,52 @@ def reductions_on_rank(group: ProcessGroup) -> None:
 
 def test_reductions() -> None:
     run_on_ranks(reductions_on_rank, 2)
+
+
+def smooth_labels(group: ProcessGroup, cut: str) -> torch.Tensor:
+    """A mean over the local rows, or divided by their number, would differ from rank to rank."""
+    problem = make_problem(24, H, V)
+    shard = shard_of(cut, group)
+    assert problem.bias is not None
+    rows = [F.pad(p, [0, 0] * (p.ndim - 1) + [0, shard.stop]) for p in (problem.weight, problem.bias)]
+    weight, bias = (p[shard.start : shard.stop] for p in rows)
+    class_weight = torch.rand(V, generator=torch.Generator().manual_seed(0))
+    keywords: Any = {"weight": class_weight, "label_smoothing": 0.3}
+    loss = linear_cross_entropy(
+        problem.hidden, weight, problem.target, linear_bias=bias, group=group, shard=shard, **keywords
+    )
+    logits = F.linear(problem.hidden, problem.weight, problem.bias)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, problem.target, **keywords))
+    return loss.detach()
+
+
+@pytest.mark.parametrize("cut", ["uneven", "empty", "padded"])
+def test_label_smoothing_over_uneven_shards(cut: str) -> None:
+    first, *others = run_on_ranks(smooth_labels, 3, cut)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def ties_between_shards(group: ProcessGroup) -> None:
+    """The smallest id wins, whichever rank has it and however statistics are combined."""
+    for cut, combine in product(("uneven", "empty", "padded"), get_args(Combine)):
+        shard = shard_of(cut, group)
+        ids = torch.tensor(sorted({edge for bound in CUTS[cut][group.size()] for edge in (bound - 1, bound)}))
+        ids = ids[(ids >= 0) & (ids < V)]
+        for first in ids:
+            logits = -torch.ones(4, V)
+            logits[:, ids[ids >= first]] = 3.0
+            identity = F.pad(torch.eye(V), (0, 0, 0, shard.stop))[shard.start : shard.stop]
+            stats = linear_token_stats(
+                logits, identity, ids.expand(4, -1), group=group, shard=shard, options=ComputeOptions(combine=combine)
+            )
+            assert stats.argmax is not None
+            assert stats.target_is_argmax is not None
+            assert (stats.argmax == first).all(), (cut, combine, first)
+            assert torch.equal(stats.target_is_argmax, (ids == first).expand(4, -1))
+
+
+def test_ties_between_shards() -> None:
+    run_on_ranks(ties_between_shards, 3)
 
 
 def twice_on_transposed_tokens(group: ProcessGroup) -> None:
@@ -394,6 +441,34 @@ def bad_arguments(group: ProcessGroup) -> None:
 
 def test_bad_arguments() -> None:
     run_on_ranks(bad_arguments, 2)
+
+
+def bad_arguments_on_rank_one(group: ProcessGroup) -> None:
+    """Rank 1 raises before it sends anything. Had it sent its statistics, rank 0 would wait for it in the backward."""
+    problem = make_problem(8, H, 2 * H, bias=False)
+    shard = VocabShard.even(2 * H, group)
+    bad: dict[str, Any] = {
+        "weight": torch.ones(3),
+        "token_weight": torch.ones(3),
+        "label_smoothing": 2.0,
+        "z_loss_weight": -1.0,
+        "logit_softcap": 0.0,
+        "reduction": "avg",
+    }
+    if group.rank() == 1:
+        sent: Any = []
+        vpf_autograd.gather_stats = sent.append
+        for name, value in bad.items():
+            arguments = {"group": group, "shard": shard, name: value}
+            with pytest.raises(ValueError, match=f"^{name} must"):
+                linear_cross_entropy(
+                    problem.hidden, problem.weight[shard.start : shard.stop], problem.target, **arguments
+                )
+        assert not sent
+
+
+def test_bad_arguments_are_refused_before_communication() -> None:
+    run_on_ranks(bad_arguments_on_rank_one, 2)
 
 
 def raise_on_rank_one(group: ProcessGroup) -> None:

@@ -1,5 +1,6 @@
 """Every bad argument is refused with a message that names it, what was expected, and what came."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from vocab_parallel_fused import ComputeOptions, VocabParallelLinearCrossEntropy, VocabShard, linear_cross_entropy
+from vocab_parallel_fused import (
+    ComputeOptions,
+    VocabParallelLinearCrossEntropy,
+    VocabShard,
+    linear_cross_entropy,
+    linear_token_stats,
+)
 from vocab_parallel_fused.testing import run_on_ranks
 
 HIDDEN, WEIGHT, TARGET = torch.randn(6, 8), torch.randn(10, 8), torch.arange(6)
@@ -53,6 +60,44 @@ def call(**changes: Any) -> None:
         ),
         ({"reduction": "avg"}, ValueError, r"reduction must be one of \('none', 'mean', 'sum'\), got 'avg'"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
+        ({"weight": [1.0] * 10}, TypeError, "weight must be a tensor, got list"),
+        ({"weight": torch.ones(9)}, ValueError, r"weight must have shape \(10,\), got \(9,\)"),
+        (
+            {"weight": torch.ones(10).long()},
+            TypeError,
+            "weight must be a constant floating-point tensor, got torch.int64",
+        ),
+        (
+            {"weight": torch.ones(10, requires_grad=True)},
+            TypeError,
+            "weight must be a constant floating-point tensor, got torch.float32, which requires a gradient",
+        ),
+        ({"weight": torch.ones(10, device="meta")}, ValueError, "weight must be on input's device cpu, got meta"),
+        ({"token_weight": 1.0}, TypeError, "token_weight must be a tensor, got float"),
+        (
+            {"token_weight": torch.ones(6, 1)},
+            ValueError,
+            r"token_weight must have target's shape \(6,\), got \(6, 1\)",
+        ),
+        ({"token_weight": TARGET}, TypeError, "token_weight must be a floating-point tensor, got torch.int64"),
+        (
+            {"token_weight": torch.ones(6, device="meta")},
+            ValueError,
+            "token_weight must be on input's device cpu, got meta",
+        ),
+        ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\.0\], got 1\.1"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\.0\], got -0\.1"),
+        ({"label_smoothing": True}, TypeError, "label_smoothing must be a number, got bool"),
+        ({"z_loss_weight": math.nan}, ValueError, r"z_loss_weight must be in \[0, inf\], got nan"),
+        ({"z_loss_weight": math.inf}, ValueError, r"z_loss_weight must be in \[0, inf\], got inf"),
+        ({"z_loss_weight": None}, TypeError, "z_loss_weight must be a number, got NoneType"),
+        ({"logit_scale": math.inf}, ValueError, "logit_scale must be finite, got inf"),
+        ({"logit_scale": torch.tensor(1.0)}, TypeError, "logit_scale must be a number, got Tensor"),
+        ({"logit_softcap": 0.0}, ValueError, r"logit_softcap must be positive, got 0\.0"),
+        ({"logit_softcap": True}, TypeError, "logit_softcap must be a number, got bool"),
+        ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
+        ({"temperature": -1.0}, ValueError, r"temperature must be positive, got -1\.0"),
+        ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
         ({"sequence_parallel": 1}, TypeError, "sequence_parallel must be a bool, got 1"),
         ({"group": "tp"}, TypeError, "group must be a ProcessGroup, a one-dimensional DeviceMesh or None, got str"),
         ({"shard": (0, 10)}, TypeError, "shard must be a VocabShard or None, got tuple"),
@@ -84,6 +129,41 @@ def call(**changes: Any) -> None:
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"outputs": "entropy"}, TypeError, "outputs must be a collection of names, got 'entropy'"),
+        ({"outputs": iter(["lse"])}, TypeError, "outputs must be a collection of names, got <list_iterator"),
+        ({"outputs": ["perplexity"]}, ValueError, r"outputs must be among \('log_prob', .*, got 'perplexity'"),
+        ({"outputs": [None]}, ValueError, "outputs must be among .*, got None"),
+        (
+            {"outputs": ["lse", "log_prob"], "target": None},
+            ValueError,
+            "target must be given for the output 'log_prob', got None",
+        ),
+        (
+            {"target": TARGET[:5, None]},
+            ValueError,
+            r"target must have shape \(6,\) or \(6, 'K'\) for input of shape \(6, 8\), got \(5, 1\)",
+        ),
+        (
+            {"target": torch.full((6, 3), 10)},
+            ValueError,
+            r"target must be in \[0, 10\) or ignore_index, got 10 at position 0",
+        ),
+        ({"target": TARGET.float()}, TypeError, "target must be int64 class ids, got torch.float32"),
+        ({"ignore_index": 1.0}, TypeError, r"ignore_index must be an int, got 1\.0"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be positive, got 0\.0"),
+        ({"weight": torch.ones(10)}, TypeError, "unexpected keyword argument 'weight'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_bad_arguments_of_token_stats(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"input": HIDDEN, "linear_weight": WEIGHT, "target": TARGET, **changes}
+    with pytest.raises(error, match=message):
+        linear_token_stats(**arguments)
 
 
 def test_triton_without_a_gpu_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +248,17 @@ def test_bad_module_arguments(arguments: dict[str, Any], error: type[Exception],
 
 def pass_a_dtensor(group: Any) -> None:
     mesh = DeviceMesh("cpu", list(range(group.size())))
-    weight = DTensor.from_local(WEIGHT, mesh, [Replicate()])
-    with pytest.raises(TypeError, match=r"linear_weight must be a plain tensor, got a DTensor; pass its to_local\(\)"):
-        call(linear_weight=weight)
+    arguments = {
+        "input": HIDDEN,
+        "linear_weight": WEIGHT,
+        "linear_bias": torch.zeros(10),
+        "target": TARGET,
+        "weight": torch.ones(10),
+        "token_weight": torch.ones(6),
+    }
+    for name, tensor in arguments.items():
+        with pytest.raises(TypeError, match=rf"^{name} must be a plain tensor, got a DTensor; pass its to_local\(\)"):
+            call(**{name: DTensor.from_local(tensor, mesh, [Replicate()])})
 
 
 def test_dtensors_are_refused() -> None:

@@ -144,6 +144,24 @@ def test_fp16_gradients_of_any_size(impl: Impl, scale: float, device: torch.devi
     assert (error <= 4 * 2**-11 * exact.abs().max() + 2**-25).all()
 
 
+def test_fp16_gradients_of_scaled_logits(impl: Impl, device: torch.device) -> None:
+    """The scale is in the gradient of a raw logit too, which without it fits fp16 and with it would be infinite."""
+    scale = 1024.0
+    problem = make_problem(20, 16, 67, dtype=torch.float16, bias=False, device=device)
+    problem = problem._replace(weight=(problem.weight.detach() / scale).requires_grad_())
+    options = ComputeOptions(impl=impl)
+    loss = linear_cross_entropy(
+        problem.hidden, problem.weight, problem.target, reduction="none", logit_scale=scale, options=options
+    )
+    actual = gradients(loss, problem)
+    exact = problem.to(torch.float64)
+    logits = scale * exact.hidden @ exact.weight.t()
+    exact = gradients(F.cross_entropy(logits, exact.target, reduction="none"), exact)
+    for name in ("dhidden", "dweight"):
+        # Logits' gradients and results are rounded; twice that for terms that cancel.
+        assert max_error(getattr(actual, name), getattr(exact, name)) <= 4 * 2**-11, name
+
+
 def test_fp16_keeps_small_gradients_beside_large_ones(impl: Impl, device: torch.device) -> None:
     """One coefficient of 1e3 must not push the others' 1e-5 below what fp16 holds."""
     problem = make_problem(8, 16, 67, dtype=torch.float16, device=device)
@@ -308,6 +326,88 @@ def test_accumulates_into_main_grad(impl: Impl, dtype: torch.dtype, workspace_by
         budget += 2 * torch.finfo(dtype).eps / 2 * float(of_problem.abs().max()) + 16 * 2**-23
     assert weight.grad is None
     assert (weight.main_grad.double() - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3, 1.0])
+def test_class_weights_are_those_of_torch(
+    impl: Impl, reduction: Reduction, label_smoothing: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean divides by the weights of the targets, also with smoothing. They may lie in memory in any way, and each
+    block of rows has its own."""
+    if impl == "triton":
+        monkeypatch.setattr("vocab_parallel_fused.kernels.forward._PARTIAL_BYTES", 1)
+    problem = make_problem(24, 16, 67, device=device, ignore_index=7)
+    weight = torch.rand(2 * 67, generator=torch.Generator().manual_seed(0)).to(device)[::2]
+    weight[5:20] = 0
+    keywords: Any = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": 7}
+    options = ComputeOptions(impl=impl, workspace_bytes=1)
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options, **keywords)
+    logits = (problem.hidden @ problem.weight.t()).double()
+    expected = F.cross_entropy(logits, problem.target, **(keywords | {"weight": weight.double()}))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    actual = torch.autograd.grad(loss, (problem.hidden, problem.weight), upstream)
+    exact = torch.autograd.grad(expected, (problem.hidden, problem.weight), upstream.double())
+    torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["classes", "tokens"])
+def test_weights_that_sum_to_zero(impl: Impl, of: str, device: torch.device) -> None:
+    """A mean over tokens of no weight is 0 with zero gradients, where torch's is NaN, or infinite with smoothing."""
+    problem = make_problem(12, 16, 40, device=device)
+    target = problem.target % 20
+    weights: Any = {"token_weight": torch.zeros(12, device=device)}
+    if of == "classes":
+        weights = {"weight": (torch.arange(40, device=device) >= 20).float()}
+    for label_smoothing in (0.0, 0.2):
+        loss = linear_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            target,
+            label_smoothing=label_smoothing,
+            options=ComputeOptions(impl=impl),
+            **weights,
+        )
+        assert loss == 0
+        for grad in torch.autograd.grad(loss, (problem.hidden, problem.weight)):
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_token_weights_of_any_dtype(dtype: torch.dtype) -> None:
+    """70000 ones summed in fp16 are infinite, and the mean is 0. The loss's dtype is not that of the weights."""
+    T = 70000
+    hidden, weight = torch.randn(T, 4), torch.randn(5, 4)
+    target = torch.arange(T) % 5
+    token_weight = torch.ones(T, dtype=dtype, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, target, token_weight=token_weight)
+    torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, target))
+    loss.backward()
+    assert token_weight.grad is not None
+    assert token_weight.grad.dtype == dtype
+
+
+def test_the_z_loss_of_ignored_tokens(impl: Impl, device: torch.device) -> None:
+    """Infinite, and of a weight that is NaN: neither may reach the loss, the weights or the other tokens."""
+    problem = make_problem(20, 16, 67, device=device)
+    hidden = problem.hidden.detach().clone()
+    hidden[problem.target == -100] = torch.inf
+    token_weight = torch.ones(20, device=device)
+    token_weight[problem.target == -100] = torch.nan
+    loss = linear_cross_entropy(
+        hidden.requires_grad_(),
+        problem.weight.detach(),
+        problem.target,
+        token_weight=token_weight.requires_grad_(),
+        label_smoothing=0.1,
+        z_loss_weight=0.5,
+        options=ComputeOptions(impl=impl),
+    )
+    assert torch.isfinite(loss)
+    dhidden, dtoken_weight = torch.autograd.grad(loss, (hidden, token_weight))
+    assert torch.isfinite(dhidden[problem.target != -100]).all()
+    assert torch.isfinite(dtoken_weight).all()
 
 
 def test_backward_twice_gives_the_same_bits(impl: Impl, device: torch.device) -> None:

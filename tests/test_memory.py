@@ -4,27 +4,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused import ComputeOptions, linear_cross_entropy, linear_token_stats
 from vocab_parallel_fused.testing import PeakBytes, make_problem
 
 WORKSPACE_BYTES = 2**20
 
 
-def peak_bytes(T: int, H: int, V: int, *, grad: bool = True) -> int:
-    """Above the inputs and their gradients."""
+def peak_bytes(T: int, H: int, V: int, *, grad: bool = True, stats: bool = False) -> int:
+    """Above the inputs and their gradients, of the loss or of all statistics."""
     problem = make_problem(T, H, V, bias=False)
     with PeakBytes() as peak, torch.set_grad_enabled(grad):
         options = ComputeOptions(impl="eager", workspace_bytes=WORKSPACE_BYTES)
-        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options)
+        if stats:
+            every = linear_token_stats(problem.hidden, problem.weight, problem.target, options=options)
+            loss = torch.stack([stat for stat in every if stat is not None and stat.is_floating_point()]).sum()
+        else:
+            loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options)
         if grad:
             loss.backward()
     return peak.bytes - grad * (problem.hidden.nbytes + problem.weight.nbytes)
 
 
-def test_peak_does_not_grow_with_tokens_times_vocabulary() -> None:
-    small, large = peak_bytes(1024, 16, 2048), peak_bytes(4096, 16, 16384)
+@pytest.mark.parametrize("stats", [False, True], ids=["loss", "statistics"])
+def test_peak_does_not_grow_with_tokens_times_vocabulary(stats: bool) -> None:
+    small, large = peak_bytes(1024, 16, 2048, stats=stats), peak_bytes(4096, 16, 16384, stats=stats)
     logits_bytes = 4096 * 16384 * 4
-    per_token = 4096 * 16 * 8  # targets, statistics and their gradients: a few numbers each
+    # Targets, statistics and their gradients: 16 numbers each, and twice as many for all statistics.
+    per_token = 4096 * 16 * 8 * (1 + stats)
     assert large < small + per_token
     assert large < logits_bytes / 8
 

@@ -146,11 +146,11 @@ def resolve_class_weight(weight: Tensor | None, head: Head) -> Tensor | None:
     vocab_size = head.plan.shard.vocab_size
     if weight.shape != (vocab_size,):
         raise ValueError(f"weight must have shape ({vocab_size},), got {tuple(weight.shape)}")
-    return weight.to(torch.promote_types(head.hidden.dtype, torch.float32))
+    return weight.to(torch.promote_types(head.hidden.dtype, torch.float32)).contiguous()
 
 
 def resolve_token_weight(token_weight: Tensor | None, head: Head) -> Tensor | None:
-    """Weights ``[T]`` of the tokens."""
+    """Weights ``[T]`` of the tokens in the precision of the loss: 16 bits would not hold their sum."""
     if token_weight is None:
         return None
     check_tensor("token_weight", token_weight, head.hidden)
@@ -158,7 +158,7 @@ def resolve_token_weight(token_weight: Tensor | None, head: Head) -> Tensor | No
         raise TypeError(f"token_weight must be a floating-point tensor, got {token_weight.dtype}")
     if token_weight.shape != head.token_shape:
         raise ValueError(f"token_weight must have target's shape {head.token_shape}, got {tuple(token_weight.shape)}")
-    return token_weight.reshape(-1)
+    return token_weight.reshape(-1).to(torch.promote_types(head.hidden.dtype, torch.float32))
 
 
 def resolve_number(name: str, value: float, *, largest: float = math.inf) -> float:

@@ -69,4 +69,4 @@ def reduce_tokens(
     if not weights:
         return loss.sum() / valid.sum().clamp(min=1)
     total = functools.reduce(torch.mul, weights).sum()
-    return loss.sum() / total.masked_fill(total == 0, 1.0)
+    return loss.sum() / total.masked_fill(total == 0, torch.inf)

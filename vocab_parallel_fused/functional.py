@@ -131,6 +131,7 @@ def linear_cross_entropy(
     )
     labels, valid = resolve_target(target, ignore_index, head)
     class_weight = resolve_class_weight(weight, head)
+    weight_of_tokens = resolve_token_weight(token_weight, head)
     stats = _token_stats(head, labels, valid, Wanted(logit_sum=label_smoothing > 0), class_weight)
     loss = cross_entropy(
         stats,
@@ -138,7 +139,7 @@ def linear_cross_entropy(
         valid[:, 0],
         head.plan.shard.vocab_size,
         class_weight=class_weight,
-        token_weight=resolve_token_weight(token_weight, head),
+        token_weight=weight_of_tokens,
         label_smoothing=label_smoothing,
         z_loss_weight=z_loss_weight,
         reduction=reduction,
@@ -162,7 +163,8 @@ class LinearTokenStats(NamedTuple):
     """``z_y``, 0 if the target is ignored. Shaped like ``target``."""
 
     argmax: Tensor | None
-    """Int64 id of the most probable class, the smallest of several; −1 where the logits hold a NaN. No gradient."""
+    """Int64 id of the most probable class, the smallest of several; −1 where the logits hold a NaN or +∞. No
+    gradient."""
 
     argmax_logit: Tensor | None
     """The largest logit. No gradient."""
@@ -351,8 +353,8 @@ def _resolve_outputs(outputs: Collection[str] | None, *, has_target: bool) -> se
     available = [name for name in LinearTokenStats._fields if has_target or name not in _OF_TARGET]
     if outputs is None:
         return set(available)
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a collection of names, got the string {outputs!r}")
+    if isinstance(outputs, str) or not isinstance(outputs, Collection):
+        raise TypeError(f"outputs must be a collection of names, got {outputs!r}")
     for name in outputs:
         if name not in LinearTokenStats._fields:
             raise ValueError(f"outputs must be among {LinearTokenStats._fields}, got {name!r}")

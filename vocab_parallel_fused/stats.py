@@ -81,7 +81,7 @@ class TokenStats(NamedTuple):
     """[T] ``Σ_j p_j (z_j − max_logit)``."""
 
     argmax: Tensor | None
-    """[T] int64, no gradient; −1 where the logits hold a NaN."""
+    """[T] int64, no gradient; −1 where the logits hold a NaN or +∞."""
 
 
 class DlogitsCoefficients(NamedTuple):

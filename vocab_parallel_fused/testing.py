@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import TypedDict, Unpack
 
-from vocab_parallel_fused.functional import linear_cross_entropy
+from vocab_parallel_fused.functional import LinearTokenStats, Reduction, linear_cross_entropy
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
 
@@ -113,6 +114,95 @@ def full_logits_results(
             else hidden.to(dtype) @ weight.to(dtype).t()
         )
         return results._replace(loss=loss(product if bias is None else product + bias))
+
+
+class Transform(TypedDict, total=False):
+    """Keywords for the logits."""
+
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
+
+
+def full_logits_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    **transform: Unpack[Transform],
+) -> Tensor:
+    """The oracle of :func:`~vocab_parallel_fused.linear_cross_entropy`: stored logits and torch's own cross-entropy, in
+    the dtype that all inputs have. Gradients by autograd, of ``token_weight`` too."""
+    valid = (target != ignore_index).flatten()
+    logits = _full_logits(input, linear_weight, linear_bias, **transform).flatten(0, -2)[valid]
+    classes = target.flatten()[valid]
+    loss = F.cross_entropy(logits, classes, weight=weight, reduction="none", label_smoothing=label_smoothing)
+    z_loss = z_loss_weight * logits.logsumexp(dim=-1).square()
+    of_token = torch.ones_like(loss) if token_weight is None else token_weight.flatten()[valid]
+    if reduction == "none":
+        return loss.new_zeros(target.shape).masked_scatter(valid.view(target.shape), of_token * (loss + z_loss))
+    if reduction == "sum":
+        return (of_token * (loss + z_loss)).sum()
+
+    def mean(terms: Tensor, weights: Tensor) -> Tensor:
+        # With a weight of 0 in total, torch divides by it.
+        return (of_token * terms).sum() / weights.sum() if weights.sum() != 0 else 0 * logits.sum()
+
+    return mean(loss, of_token if weight is None else of_token * weight[classes]) + mean(z_loss, of_token)
+
+
+def full_logits_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    **transform: Unpack[Transform],
+) -> LinearTokenStats:
+    """The oracle of :func:`~vocab_parallel_fused.linear_token_stats`, as :func:`full_logits_cross_entropy` is."""
+    logits = _full_logits(input, linear_weight, linear_bias, **transform)
+    of_target: list[Tensor | None] = [None, None, None]
+    log_probs, prob = logits.log_softmax(dim=-1), logits.softmax(dim=-1)
+    argmax_logit, argmax = logits.max(dim=-1)
+    if target is not None:
+        valid = target != ignore_index
+        several = target.ndim == logits.ndim
+        classes = target.where(valid, 0) if several else target.where(valid, 0)[..., None]
+        log_prob, target_logit = (x.gather(-1, classes).view_as(target) for x in (log_probs, logits))
+        is_argmax = target == (argmax[..., None] if several else argmax)
+        of_target = [log_prob.where(valid, 0), target_logit.where(valid, 0), is_argmax & valid]
+    return LinearTokenStats(
+        log_prob=of_target[0],
+        entropy=-(prob * log_probs.where(prob > 0, 0)).sum(dim=-1),
+        lse=logits.logsumexp(dim=-1),
+        target_logit=of_target[1],
+        argmax=argmax,
+        argmax_logit=argmax_logit,
+        target_is_argmax=of_target[2],
+    )
+
+
+def _full_logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    logits = logit_scale * F.linear(input, linear_weight, linear_bias)
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits / temperature
 
 
 def gradients(loss: Tensor, problem: Problem) -> Results:
