@@ -11,8 +11,9 @@ parallelism of the head alone. Everything is fp32. The exit code is 0 if the los
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from bootstrap import Context, distributed
@@ -35,6 +36,7 @@ LEARNING_RATE = 2e-3
 WARMUP_STEPS = 10
 
 Head = FullLogitsCrossEntropy | VocabParallelLinearCrossEntropy
+R = TypeVar("R")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,14 +79,7 @@ def train_both(args: argparse.Namespace, context: Context, console: Console) -> 
     )
     sharded_head.load_state_dict(full_head.state_dict())  # keeps this rank's rows
 
-    columns = (
-        TextColumn("{task.description:20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with training_progress(console) as progress:
         full = train("full logits", copy.deepcopy(body), full_head, batches, progress)
         sharded = train("vocabulary-parallel", body, sharded_head, batches, progress)
     ranks = "1 rank" if context.world_size == 1 else f"{context.world_size} ranks"
@@ -97,6 +92,18 @@ def draw_batches(tokens: Tensor, steps: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - LENGTH, (steps, BATCH_SIZE), generator=generator)
     return tokens.unfold(0, LENGTH + 1, 1)[starts].long()
+
+
+def training_progress(console: Console) -> Progress:
+    """Bars for tasks with a field ``loss``."""
+    return Progress(
+        TextColumn("{task.description:20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
 def train(name: str, body: GPT, head: Head, batches: Tensor, progress: Progress) -> Run:
@@ -137,14 +144,19 @@ def peak_bytes_of_loss(body: GPT, head: Head, windows: Tensor) -> int:
         hidden = body(windows[:, :-1])
     hidden.requires_grad_()
     target = windows[:, 1:]
-    if hidden.device.type == "cpu":
+    return with_peak_bytes(lambda: head(hidden, target).backward(), hidden.device)[1]
+
+
+def with_peak_bytes(call: Callable[[], R], device: torch.device) -> tuple[R, int]:
+    """What a call returns, and the bytes alive on ``device`` at its worst moment, beyond those alive before it."""
+    if device.type == "cpu":
         with PeakBytes() as peak:
-            head(hidden, target).backward()
-        return peak.bytes
+            result = call()
+        return result, peak.bytes
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    head(hidden, target).backward()
-    return torch.cuda.max_memory_allocated() - before
+    result = call()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 def report(comparison: Comparison, picture: Path, console: Console) -> None:

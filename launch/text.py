@@ -7,10 +7,13 @@ with the text, the size of the vocabulary and the version of the tokenizers libr
 
 import hashlib
 import os
+import re
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import tokenizers
 import torch
@@ -26,6 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 """Where scripts of this folder keep what they make, out of version control."""
 
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+
 # Tests are not installed everywhere, installed packages belong to others, and encodings are tables rather than text.
 _SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
 
@@ -39,13 +44,22 @@ class Text:
     tokenizer: Tokenizer
 
 
-def load_text(vocab_size: int) -> Text:
+# A piece of a document may end here. The pre-tokenizer's words hold white space only in front of their text or apart
+# from it, so they end where white space follows text, whatever comes next; merges never leave a word.
+_LAST_END_OF_A_WORD = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
+
+
+def load_text(vocab_size: int, held_out: Path | None = None) -> Text:
     """The standard library in exactly ``vocab_size`` kinds of tokens, from the cache or built now.
+
+    Args:
+        vocab_size: tokens of the tokenizer, :data:`END_OF_TEXT` among them.
+        held_out: a file under :data:`STANDARD_LIBRARY` that neither the text nor the tokenizer's training includes.
 
     Raises:
         ValueError: the text on this machine does not yield that many.
     """
-    files = _read_sources()
+    files = _read_sources(held_out)
     key = hashlib.sha256(f"{tokenizers.__version__} {vocab_size}".encode())
     for text in files:
         key.update(hashlib.sha256(text.encode()).digest())
@@ -54,15 +68,34 @@ def load_text(vocab_size: int) -> Text:
         tokenizer = _train_tokenizer(files, vocab_size)
         end = tokenizer.token_to_id(END_OF_TEXT)
         ids = [token for encoding in tokenizer.encode_batch_fast(files) for token in (*encoding.ids, end)]
-        _save({"tokenizer": tokenizer.to_str(), "tokens": torch.tensor(ids, dtype=torch.int32)}, path)
+        save({"tokenizer": tokenizer.to_str(), "tokens": torch.tensor(ids, dtype=torch.int32)}, path)
     saved = torch.load(path)
     return Text(saved["tokens"], Tokenizer.from_str(saved["tokenizer"]))
 
 
-def _read_sources() -> list[str]:
-    root = Path(sysconfig.get_path("stdlib"))
+def read_tokens(document: TextIO, tokenizer: Tokenizer, piece_size: int = 2**16) -> Iterator[int]:
+    """The ids of a document as they are needed, the same as ``tokenizer.encode`` gives for the whole of it.
+
+    Args:
+        document: an open text; of one without any space or line break all is held.
+        tokenizer: of :func:`load_text`.
+        piece_size: characters to read at a time.
+    """
+    rest = ""
+    while block := document.read(piece_size):
+        text = rest + block
+        last_end = _LAST_END_OF_A_WORD.match(text)
+        cut = last_end.end() if last_end else 0
+        yield from tokenizer.encode(text[:cut]).ids
+        rest = text[cut:]
+    yield from tokenizer.encode(rest).ids
+
+
+def _read_sources(held_out: Path | None) -> list[str]:
     paths = sorted(
-        path for path in root.rglob("*.py") if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parent.parts)
+        path
+        for path in STANDARD_LIBRARY.rglob("*.py")
+        if path != held_out and _SKIPPED_FOLDERS.isdisjoint(path.relative_to(STANDARD_LIBRARY).parent.parts)
     )
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
@@ -80,13 +113,13 @@ def _train_tokenizer(files: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(files, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"vocab_size {vocab_size} cannot be reached: the {len(files)} files of {sysconfig.get_path('stdlib')} "
+            f"vocab_size {vocab_size} cannot be reached: the {len(files)} files of {STANDARD_LIBRARY} "
             f"({sum(map(len, files)):,} characters) give a vocabulary of {tokenizer.get_vocab_size()} tokens"
         )
     return tokenizer
 
 
-def _save(value: dict, path: Path) -> None:
+def save(value: dict, path: Path) -> None:
     """Write a file that is either whole or not there, even if several processes write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -78,6 +78,6 @@ def test_verdict(losses: list[float], agree: bool) -> None:
 
 
 def test_text_too_short_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_read_sources", lambda: ["some words"])
+    monkeypatch.setattr(text, "_read_sources", lambda _held_out: ["some words"])
     with pytest.raises(ValueError, match=r"vocab_size 1025 cannot be reached: the 1 files of .* \(10 characters\)"):
         text.load_text(VOCAB_SIZE)

@@ -50,6 +50,18 @@ def test_evaluation_keeps_nothing_for_a_backward() -> None:
     assert alive == loss.nbytes
 
 
+def test_the_measure_in_inference_mode() -> None:
+    """There torch does not take operations apart before the measure sees them: the softmax's result would be missed."""
+    T, H, V = 256, 16, 1024
+    problem = make_problem(T, H, V, bias=False)
+    peaks = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), PeakBytes() as peak:
+            F.cross_entropy(problem.hidden @ problem.weight.t(), problem.target)
+        peaks.append(peak.bytes)
+    assert peaks[0] == peaks[1] >= 2 * T * V * 4
+
+
 def test_the_measure_itself() -> None:
     """Full logits: the logits and what the softmax keeps of them, and a gradient of either."""
     T, H, V = 256, 16, 1024

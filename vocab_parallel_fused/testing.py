@@ -354,6 +354,11 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # In inference mode an operation made of others arrives whole, and would hide the tensors between them.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         for tensor in tree_leaves((args, kwargs)):
             self._note(tensor, size=0)  # made outside, so not counted when an operation returns it
         result = func(*args, **kwargs)
