@@ -27,17 +27,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from bootstrap import Context, distributed
-from demo import (
+from demo_model import GPT
+from demo_training import (
     HIDDEN_SIZE,
     LENGTH,
-    NUM_HEADS,
-    NUM_LAYERS,
     draw_batches,
+    new_body,
     train,
     training_progress,
     with_peak_bytes,
 )
-from demo_model import GPT
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -183,7 +182,7 @@ def make_model(tokenizer: Tokenizer, context: Context) -> LanguageModel:
     vocab_size = tokenizer.get_vocab_size()
     return LanguageModel(
         tokenizer,
-        GPT(vocab_size, HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS, LENGTH).to(context.device),
+        new_body(vocab_size).to(context.device),
         VocabParallelLinearCrossEntropy(HIDDEN_SIZE, vocab_size, group=context.group, device=context.device),
     )
 

@@ -124,7 +124,9 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
             name: f"tensordesc<{_element(dtype)}[{rows},{tile.block_h}]>" if descriptors else pointer
             for name, rows in blocks.items()
         }
-        return {"bias_ptr": pointer, "inner": "fp32", "outer": "fp32", **matrices}
+        # A bias may be fp32 whatever the matrices are.
+        bias = "*fp32" if transform == "scale" else pointer
+        return {"bias_ptr": bias, "inner": "fp32", "outer": "fp32", **matrices}
 
     def launch(tile: TileConfig) -> tuple[dict[str, Any], dict[str, int]]:
         kwargs = tile.launch_kwargs()

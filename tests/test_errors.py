@@ -56,7 +56,7 @@ def call(**changes: Any) -> None:
         (
             {"linear_bias": torch.zeros(10).double()},
             TypeError,
-            "linear_bias must have input's dtype torch.float32, got torch.float64",
+            "linear_bias must have input's dtype torch.float32, or fp32, got torch.float64",
         ),
         ({"reduction": "avg"}, ValueError, r"reduction must be one of \('none', 'mean', 'sum'\), got 'avg'"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),

@@ -52,8 +52,9 @@ ALLOWED = {
         "transform",
     },
     "modules": {"arguments", "collectives", "functional", "options", "sharding"},
+    "vq": {"arguments", "collectives", "cross_entropy", "functional", "modules", "options"},
     "testing": {"functional", "options", "sharding"},
-    "__init__": {"functional", "losses", "modules", "options", "sharding"},
+    "__init__": {"functional", "losses", "modules", "options", "sharding", "vq"},
 }
 
 

@@ -256,6 +256,21 @@ def test_ignored_tokens_may_hold_anything(impl: Impl, device: torch.device) -> N
     assert torch.isfinite(hidden.grad[problem.target != -100]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fp32_bias_of_16_bit_inputs(impl: Impl, dtype: torch.dtype, device: torch.device) -> None:
+    """The bias was rounded to the inputs' dtype: an error of up to 2^-9 of it in the loss."""
+    problem = make_problem(20, 16, 67, dtype=dtype, device=device)
+    assert problem.bias is not None
+    problem = problem._replace(bias=(problem.bias.detach().float() + 1e-3).requires_grad_())
+    actual, exact = run(problem, impl), full_logits_results(problem.to(torch.float64))
+    assert actual.dbias is not None
+    assert exact.dbias is not None
+    assert actual.dbias.dtype == torch.float32
+    # Of unrounded logits; and of logits' gradients rounded to the inputs' dtype before they are summed.
+    assert max_error(actual.loss, exact.loss) < 32 * torch.finfo(torch.float32).eps
+    assert max_error(actual.dbias, exact.dbias) < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(
     "layout", ["transposed weight", "strided rows", "expanded hidden", "offset weight", "strided bias", "expanded bias"]
 )
@@ -450,6 +465,9 @@ def test_float64_gradients_by_finite_differences() -> None:
 def test_autocast_computes_as_a_linear_layer_does(device: torch.device) -> None:
     """fp32 parameters meet bf16 hidden states, in the forward and in a backward that autocast still surrounds."""
     problem = make_problem(20, 16, 67, device=device)
+    assert problem.bias is not None
+    # The op does not round an fp32 bias, so here there is nothing to round.
+    problem = problem._replace(bias=problem.bias.bfloat16().float())
     hidden = problem.hidden.detach().bfloat16().requires_grad_()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         loss = linear_cross_entropy(hidden, problem.weight, problem.target, linear_bias=problem.bias, reduction="none")

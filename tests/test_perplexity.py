@@ -16,6 +16,7 @@ import text
 import torch
 import torch.nn.functional as F
 from demo_model import GPT
+from demo_training import new_body
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from perplexity import HELD_OUT, LENGTH, TOLERANCE, Evaluation, LanguageModel, TokenLosses, cut_windows, evaluate
@@ -232,7 +233,7 @@ def test_runs_on_ranks(script: Script) -> None:
     assert len(ids) > LENGTH  # more than one window
     assert rows["document"] == 2 * [f"{len(TEXT[:1200].encode()):,} bytes"]
     assert rows["scored, once each"] == 2 * [f"{len(ids):,} tokens"]
-    body = GPT(VOCAB_SIZE, perplexity.HIDDEN_SIZE, perplexity.NUM_LAYERS, perplexity.NUM_HEADS, LENGTH)
+    body = new_body(VOCAB_SIZE)
     body.load_state_dict(saved["body"])
     expected = naive_nats_per_token(body, saved["head"]["weight"], ids, LENGTH, LENGTH // 2)
     for cell in rows["mean loss"]:

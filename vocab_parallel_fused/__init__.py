@@ -12,6 +12,7 @@ from vocab_parallel_fused.functional import (
 from vocab_parallel_fused.modules import VocabParallelLinearCrossEntropy
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
+from vocab_parallel_fused.vq import VQLinearCrossEntropy
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "ComputeOptions",
     "LinearTokenStats",
     "LinearTopK",
+    "VQLinearCrossEntropy",
     "VocabParallelLinearCrossEntropy",
     "VocabShard",
     "linear_cross_entropy",

@@ -78,8 +78,8 @@ def resolve_head(
         raise TypeError(f"sequence_parallel must be a bool, got {sequence_parallel!r}")
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     process_group = resolve_group(group)
-    hidden, weight, bias = _autocast(input, linear_weight, linear_bias)
-    _check_layer(hidden, weight, bias, ("input", "linear_weight", "linear_bias"))
+    hidden, weight = _autocast(input, linear_weight)
+    _check_layer(hidden, weight, linear_bias, ("input", "linear_weight", "linear_bias"))
     rank, world_size = rank_and_size(process_group)
     if sequence_parallel and world_size > 1 and hidden.ndim == 1:
         raise ValueError("input must have a token dimension to be sharded with sequence_parallel, got shape (H,)")
@@ -93,7 +93,8 @@ def resolve_head(
         shard, process_group, sequence_parallel, transform, kernels, workspace_bytes, options.combine, main_grad
     )
     tokens = hidden.reshape(-1, hidden.shape[-1])
-    return Head(tokens, weight, None if bias is None else bias.contiguous(), plan, tuple(hidden.shape))
+    bias = None if linear_bias is None else linear_bias.contiguous()
+    return Head(tokens, weight, bias, plan, tuple(hidden.shape))
 
 
 def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bool = False) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bo
         )
     target = target.reshape(math.prod(head.token_shape), 1 if one_each else target.shape[-1]).contiguous()
     valid = target != ignore_index
-    _check_target_range(target, valid, head.plan.shard.vocab_size)
+    check_target_range(target, valid, head.plan.shard.vocab_size)
     return target, valid
 
 
@@ -121,7 +122,7 @@ def resolve_teacher(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, head: Head
 ) -> Operands:
     """A second head over the same tokens and classes, of which gradients are not wanted."""
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight = _autocast(hidden, weight)
     _check_layer(hidden, weight, bias, ("teacher_input", "teacher_weight", "teacher_bias"))
     check_tensor("teacher_input", hidden, head.hidden)
     if hidden.dtype != head.hidden.dtype:
@@ -170,17 +171,17 @@ def resolve_number(name: str, value: float, *, largest: float = math.inf) -> flo
     return value
 
 
-def _autocast(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Cast as torch's autocast does for a linear layer, if it is on for the input's device."""
     if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
-        return input, linear_weight, linear_bias
+        return input, linear_weight
     dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(tensor: Any) -> Any:
         # Autocast leaves fp64 alone.
         return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _DTYPES[:3] else tensor
 
-    return cast(input), cast(linear_weight), cast(linear_bias)
+    return cast(input), cast(linear_weight)
 
 
 def check_tensor(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -208,9 +209,10 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, names: tupl
         raise ValueError(f"{of_weight} must have shape (V_local, {hidden_size}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{of_bias} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in named.items():
-        if tensor.dtype != input.dtype:
-            raise TypeError(f"{name} must have {of_input}'s dtype {input.dtype}, got {tensor.dtype}")
+    if weight.dtype != input.dtype:
+        raise TypeError(f"{of_weight} must have {of_input}'s dtype {input.dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype not in (input.dtype, torch.float32):
+        raise TypeError(f"{of_bias} must have {of_input}'s dtype {input.dtype}, or fp32, got {bias.dtype}")
 
 
 def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, world_size: int) -> VocabShard:
@@ -245,7 +247,7 @@ def _main_grad(linear_weight: Tensor) -> Tensor:
     return main_grad
 
 
-def _check_target_range(target: Tensor, valid: Tensor, vocab_size: int) -> None:
+def check_target_range(target: Tensor, valid: Tensor, vocab_size: int) -> None:
     """On the CPU, reject ids outside the vocabulary before any communication. Elsewhere `check_owners` asserts."""
     if target.device.type == "cpu":
         outside = valid & ((target < 0) | (target >= vocab_size))

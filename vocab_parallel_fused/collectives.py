@@ -175,3 +175,17 @@ def gather_row_counts(linear_weight: Tensor, group: ProcessGroup | None) -> list
     counts = torch.empty(world_size, dtype=torch.int64, device=linear_weight.device)
     _all_gather(counts, counts.new_tensor([rows]), group=group)
     return counts.tolist()
+
+
+def gather_rows(rows: Tensor, start: int, total: int, group: ProcessGroup | None) -> Tensor:
+    """All ``[total, ...]`` rows, on every rank, where each rank holds those from ``start`` on and together all, once.
+
+    Rows are summed with zeros, so that they may be dealt in any way: unevenly, out of rank order, all to one rank.
+    """
+    _, world_size = rank_and_size(group)
+    if world_size == 1:
+        return rows
+    gathered = rows.new_zeros(total, *rows.shape[1:])
+    gathered[start : start + len(rows)] = rows
+    dist.all_reduce(gathered, group=group)
+    return gathered

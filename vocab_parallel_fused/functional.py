@@ -81,7 +81,7 @@ def linear_cross_entropy(
         linear_weight: ``(V_local, H)``, this rank's rows, in ``input``'s dtype. Under ``torch.autocast`` both are cast
             as :func:`torch.nn.functional.linear` would.
         target: ``(*)`` int64 global class ids of all tokens, the same on every rank.
-        linear_bias: ``(V_local,)`` bias of the local rows, in ``input``'s dtype.
+        linear_bias: ``(V_local,)`` bias of the local rows, in ``input``'s dtype or in fp32; autocast leaves it alone.
         weight: ``(V,)`` weights of the classes, all of them on every rank, as in torch: the loss of a token is times
             the weight of its target, the smoothing's terms times those of their classes. No gradient.
         token_weight: weights of the tokens, shaped like ``target``: the loss of each is times its weight.
