@@ -19,8 +19,10 @@ from torch import Tensor
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
-    LOG2E,
+    LEAST_LOG2,
+    LN2,
     current_arch,
+    log2_from,
     logits_tile,
     operand_kwargs,
     tile_position,
@@ -93,17 +95,15 @@ def dlogits_kernel(
     maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
     level = tl.load(level_ptr + offs_t, mask=mask_t, other=0.0)
 
-    # exp(z − max) as one fused multiply-add and one exp2. What rounding takes from max · log2(e) goes into the factor.
-    reference = maximum * LOG2E
-    factor = tl.exp2(-tl.fma(maximum, tl.full((BLOCK_T,), LOG2E, tl.float32), -reference))
-    exps = tl.exp2(z * LOG2E - reference[:, None])
+    shifted, rounding = log2_from(z, maximum)
+    largest = tl.exp2(rounding)
+    exps = tl.exp2(shifted)
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + offs_t, mask=mask_t, other=0.0)
-        # exp(−128) is below fp32's range: a class of logit −inf gets 0 · 128.
-        differences = tl.maximum(z - maximum[:, None], -128.0)
-        dlogits = exps * ((level * factor)[:, None] + (slope * factor)[:, None] * differences)
+        differences = tl.maximum(shifted - rounding[:, None], LEAST_LOG2)
+        dlogits = exps * ((level / largest)[:, None] + (slope * (LN2 / largest))[:, None] * differences)
     else:
-        dlogits = exps * (level * factor)[:, None]
+        dlogits = exps * (level / largest)[:, None]
     if grad_logit_sum_ptr is not None:
         grad_logit_sum = tl.load(grad_logit_sum_ptr + offs_t, mask=mask_t, other=0.0)
         if class_weight_ptr is not None:

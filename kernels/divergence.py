@@ -22,6 +22,7 @@ from vocab_parallel_fused.divergence import dlogits_bound
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
+    LN2,
     current_arch,
     logits_tile,
     operand_kwargs,
@@ -33,7 +34,6 @@ from vocab_parallel_fused.transform import Operands
 
 _PARTIAL_BYTES = 8 * 2**20
 _LARGEST_BLOCK_V = 128
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -366,7 +366,7 @@ def _js_term(log_p, log_q, center):
     """p (log(p / m) − center) with m = (p + q) / 2: log(p / m) = log 2 − log(1 + q / p)."""
     p = tl.exp(log_p)
     difference = log_q - log_p
-    log_ratio = _LN2 - tl.maximum(difference, 0.0) - tl.log(1 + tl.exp(-tl.abs(difference)))
+    log_ratio = LN2 - tl.maximum(difference, 0.0) - tl.log(1 + tl.exp(-tl.abs(difference)))
     return tl.where(p > 0, p * (log_ratio - center), 0.0)
 
 

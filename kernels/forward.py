@@ -20,8 +20,10 @@ from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.tiles import (
-    LOG2E,
+    LEAST_LOG2,
+    LN2,
     current_arch,
+    log2_from,
     logits_tile,
     operand_kwargs,
     product_precision,
@@ -104,41 +106,28 @@ def partial_stats_kernel(
     maximum = tl.max(z, axis=1)
     # A bias may be −inf for a whole tile.
     finite = tl.where(maximum == -float("inf"), 0.0, maximum)
-    sum_exp, sum_exp_logit = exp_sums(z, finite, partial_sum_exp_logit_ptr is not None)
+    shifted, rounding = log2_from(z, finite)
+    exps = tl.exp2(shifted)
+    largest = tl.exp2(rounding)
     tl.store(partial_max_ptr + out, maximum, mask=mask_t)
-    tl.store(partial_sum_exp_ptr + out, sum_exp, mask=mask_t)
+    tl.store(partial_sum_exp_ptr + out, tl.sum(exps, axis=1) / largest, mask=mask_t)
     if partial_sum_exp_logit_ptr is not None:
-        tl.store(partial_sum_exp_logit_ptr + out, sum_exp_logit, mask=mask_t)
+        terms = exps * tl.maximum(shifted - rounding[:, None], LEAST_LOG2)
+        tl.store(partial_sum_exp_logit_ptr + out, tl.sum(terms, axis=1) * (LN2 / largest), mask=mask_t)
     if partial_logit_sum_ptr is not None:
         if class_weight_ptr is not None:
             class_weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0)
         else:
             class_weight = (offs_v < V).to(tl.float32)
-        terms = class_weight[None, :] * (z - finite[:, None])
+        terms = class_weight[None, :] * (shifted - rounding[:, None])
         if off_v + BLOCK_V > V:
             terms = tl.where((offs_v < V)[None, :], terms, 0.0)
         tl.store(partial_class_sum_ptr + out, tl.zeros_like(maximum) + tl.sum(class_weight, axis=0), mask=mask_t)
-        tl.store(partial_logit_sum_ptr + out, tl.sum(terms, axis=1), mask=mask_t)
+        tl.store(partial_logit_sum_ptr + out, tl.sum(terms, axis=1) * LN2, mask=mask_t)
     if partial_argmax_ptr is not None:
         # Where nothing equals the maximum, which takes a NaN, any row will do.
         row = tl.min(tl.where(z == maximum[:, None], offs_v[None, :], V - 1), axis=1)
         tl.store(partial_argmax_ptr + out, first_row + row, mask=mask_t)
-
-
-@triton.jit
-def exp_sums(z, maximum, WITH_LOGITS: tl.constexpr):
-    """Σ_j exp(z_j − maximum) and, or else 0, Σ_j exp(z_j − maximum) (z_j − maximum)."""
-    # One fused multiply-add and one exp2 per logit. Rounding the maximum's product moves all exponents of a row alike,
-    # which one division undoes, so that the largest term is exactly 1.
-    reference = maximum * LOG2E
-    exps = tl.exp2(z * LOG2E - reference[:, None])
-    largest = tl.exp2(tl.fma(maximum, tl.full(maximum.shape, LOG2E, tl.float32), -reference))
-    sum_exp_logit = tl.zeros_like(maximum)
-    if WITH_LOGITS:
-        # exp(−128) is below fp32's range: a class of logit −inf contributes 0 · 128.
-        differences = tl.maximum(z - maximum[:, None], -128.0)
-        sum_exp_logit = tl.sum(exps * differences, axis=1) / largest
-    return tl.sum(exps, axis=1) / largest, sum_exp_logit
 
 
 @triton.jit

@@ -16,6 +16,9 @@ INTERPRETED: bool = knobs.runtime.interpret
 # Kernels may read globals that are constexpr.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# 2⁻¹⁶⁰ is 0 in fp32: where a logit is −inf, 0 · 160 stands for 0 · ∞.
+LEAST_LOG2 = tl.constexpr(-160.0)
 
 
 @triton.jit
@@ -88,6 +91,19 @@ def transform_logits(raw, inner, outer, TRANSFORM: tl.constexpr):
     if TRANSFORM == "scale":
         return outer * raw
     return raw
+
+
+@triton.jit
+def log2_from(z, maximum):
+    """(z − maximum) · log2(e), but for a number per row that the second result holds and that has to be taken off.
+
+    One fused multiply-add per logit. The product with the maximum is rounded, which moves all logits of a row alike;
+    without the rounding, the maximum itself comes out as exactly 0. Not so for `z − maximum`: where z is a product, the
+    compiler fuses it with the difference, whose maximum then is the rounding of z.
+    """
+    reference = maximum * LOG2E
+    rounding = tl.fma(maximum, tl.full(maximum.shape, LOG2E, tl.float32), -reference)
+    return z * LOG2E - reference[:, None], rounding
 
 
 @triton.jit

@@ -42,9 +42,9 @@ def cross_entropy(
         loss = loss * target_weight
     if label_smoothing:
         assert stats.logit_sum is not None
-        total = vocab_size if class_weight is None else class_weight.sum()
-        of_classes = total * stats.lse - stats.logit_sum
-        loss = (1 - label_smoothing) * loss + label_smoothing / vocab_size * torch.where(valid, of_classes, 0.0)
+        lse = stats.lse if class_weight is None else stats.lse * class_weight.mean()
+        of_classes = torch.sub(lse, stats.logit_sum, alpha=1 / vocab_size)
+        loss = torch.lerp(loss, torch.where(valid, of_classes, 0.0), label_smoothing)
     loss = reduce_tokens(loss, target_weight, token_weight, valid, reduction)
     if z_loss_weight:
         # Masked before it is squared: the derivative of an infinite square, times 0, is no zero.
