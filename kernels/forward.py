@@ -110,7 +110,8 @@ def partial_stats_kernel(
     exps = tl.exp2(shifted)
     largest = tl.exp2(rounding)
     tl.store(partial_max_ptr + out, maximum, mask=mask_t)
-    tl.store(partial_sum_exp_ptr + out, tl.sum(exps, axis=1) / largest, mask=mask_t)
+    # Rounded correctly, since a sum that falls below 1 would make a positive log-probability.
+    tl.store(partial_sum_exp_ptr + out, tl.div_rn(tl.sum(exps, axis=1), largest), mask=mask_t)
     if partial_sum_exp_logit_ptr is not None:
         terms = exps * tl.maximum(shifted - rounding[:, None], LEAST_LOG2)
         tl.store(partial_sum_exp_logit_ptr + out, tl.sum(terms, axis=1) * (LN2 / largest), mask=mask_t)
