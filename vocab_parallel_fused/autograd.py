@@ -117,9 +117,6 @@ class _TokenStatsFunction(Function):
         grad_expected_logit: Tensor | None,
         *_grads: None,
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # `once_differentiable` would return gradients that look constant, so a gradient penalty would vanish.
-            raise RuntimeError("linear_cross_entropy has no second derivative: call its backward without create_graph")
         plan: Plan = ctx.plan
         hidden, weight, bias, target_row, class_weight, target_logit, max_logit, sum_exp, sum_exp_logit = (
             ctx.saved_tensors
@@ -179,8 +176,6 @@ class _DivergenceFunction(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor, _grad_num_classes: None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_distillation has no second derivative: call its backward without create_graph")
         plan: Plan = ctx.plan
         hidden, weight, bias, *teacher, max_logit, log_sum_exp, center = ctx.saved_tensors
         teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan)
@@ -208,6 +203,9 @@ def _head_grads(
     local_grads: Callable[[Operands, GradBuffers], None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a head's first three inputs, from the step that computes this shard's from all tokens."""
+    if torch.is_grad_enabled():
+        # `once_differentiable` would return gradients that look constant, so a gradient penalty would vanish.
+        raise RuntimeError("a fused loss has no second derivative: call its backward without create_graph")
     needs_hidden, needs_weight, needs_bias, *_ = needs_input_grad
     # Other ranks wait for this rank's share even if the hidden states are frozen here.
     needs_dhidden = needs_hidden or rank_and_size(plan.group)[1] > 1

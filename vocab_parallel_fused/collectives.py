@@ -1,8 +1,9 @@
 """Every message that the op sends. Nothing else in the package communicates.
 
-Forward: ``gather_stats``, and ``gather_hidden`` under sequence parallelism. Backward: ``reduce_hidden_grad``, and
+Forward: ``gather_stats``, and ``gather_hidden`` under sequence parallelism; ``gather_top_k`` before it to select
+classes, ``reduce_sums`` after it for a Jensen–Shannon divergence. Backward: ``reduce_hidden_grad``, and
 ``gather_hidden`` again under sequence parallelism. Which of them run, in which order and with which sizes, depends only
-on arguments that are equal on all ranks.
+on arguments that are equal on all ranks. Once, when a model is built: ``gather_row_counts``, ``gather_rows``.
 """
 
 from typing import Any
