@@ -227,6 +227,29 @@ def test_the_teacher_is_a_constant(device: torch.device) -> None:
     assert all(tensor.grad is None for tensor in teacher)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_no_tokens(impl: Impl, divergence: Divergence, device: torch.device) -> None:
+    hidden = torch.zeros(0, 8, device=device, requires_grad=True)
+    weight = torch.randn(40, 8, device=device, requires_grad=True)
+    options = ComputeOptions(impl=impl)
+    loss = linear_distillation(hidden, weight, hidden, weight, divergence=divergence, options=options)
+    loss.backward()
+    assert loss == 0
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float64_gradients_by_finite_differences(divergence: Divergence) -> None:
+    hidden, weight, teacher_hidden, teacher_weight = (torch.randn(n, 5, dtype=torch.float64) for n in (4, 11, 4, 11))
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        arguments: Any = {"divergence": divergence, "logit_softcap": 3.0, "temperature": 0.6, "reduction": "none"}
+        return linear_distillation(hidden, weight, teacher_hidden, teacher_weight, **arguments)
+
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
 def on_rank(
     group: ProcessGroup, impl: Impl, combine: Combine, sequence_parallel: bool, dtype: torch.dtype
 ) -> list[Tensor]:
