@@ -75,6 +75,15 @@ def test_fewer_finite_logits_than_asked_for(impl: Impl, device: torch.device) ->
     assert (actual.log_prob[:, 3:] == -torch.inf).all()
 
 
+def test_zeros_of_either_sign_are_equal(impl: Impl, device: torch.device) -> None:
+    """Logits that underflow to −0 and to 0: the bits of fp32 numbers order them, the numbers do not."""
+    weight = torch.full((40, 8), 1e-30, device=device)
+    weight[::2] *= -1
+    hidden = torch.ones(3, 8, device=device)
+    actual = linear_top_k(hidden, weight, 5, logit_scale=1e-20, options=ComputeOptions(impl=impl))
+    assert torch.equal(actual.class_id, torch.arange(5, device=device).expand(3, 5))
+
+
 def test_all_classes(impl: Impl, device: torch.device) -> None:
     """k = V: every class once, and probabilities that sum to 1."""
     problem = make_problem(9, 16, 67, device=device)
