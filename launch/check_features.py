@@ -15,9 +15,10 @@ from vocab_parallel_fused import (
     linear_token_stats,
     linear_top_k,
 )
-from vocab_parallel_fused.testing import Problem, local_rows, local_tokens
+from vocab_parallel_fused.testing import Problem, Transform, local_rows, local_tokens, transformed_logits
 
-TRANSFORM = {"logit_scale": 1.1, "logit_softcap": 20.0, "temperature": 0.7}
+TEMPERATURE = 0.7
+TRANSFORM: Transform = {"logit_scale": 1.1, "logit_softcap": 20.0, "temperature": TEMPERATURE}
 LABEL_SMOOTHING, Z_LOSS_WEIGHT = 0.1, 1e-3
 TOP_K = 5
 
@@ -27,11 +28,6 @@ class Feature(NamedTuple):
 
     of_logits: Callable[[Tensor], Tensor]
     of_part: Callable[..., Tensor]
-
-
-def transformed(logits: Tensor) -> Tensor:
-    cap = TRANSFORM["logit_softcap"]
-    return cap * torch.tanh(TRANSFORM["logit_scale"] * logits / cap) / TRANSFORM["temperature"]
 
 
 def make_features(problem: Problem, group: ProcessGroup | None, shard: VocabShard) -> dict[str, Feature]:
@@ -51,7 +47,8 @@ def make_features(problem: Problem, group: ProcessGroup | None, shard: VocabShar
     # Which classes are on top is a matter of rounding where the next one is as likely: such tokens get no share.
     k = min(TOP_K, V - 1)
     with torch.no_grad():
-        logits = transformed(F.linear(*(t.double() for t in problem[:3] if t is not None)))
+        logits = F.linear(*(t.double() for t in problem[:3] if t is not None))
+        logits = transformed_logits(logits, **TRANSFORM)
         largest, classes = logits.topk(k + 1)
         del logits
     share = uniform(T, 1) * (largest[:, k - 1 : k] - largest[:, k:] > 1e-3)
@@ -60,7 +57,7 @@ def make_features(problem: Problem, group: ProcessGroup | None, shard: VocabShar
     teacher_logits = teacher_hidden.double() @ teacher_weight.double().t()
 
     def all_options(logits: Tensor) -> Tensor:
-        z = transformed(logits)
+        z = transformed_logits(logits, **TRANSFORM)
         loss = F.cross_entropy(z, target, class_weight.to(z.dtype), reduction="none", label_smoothing=LABEL_SMOOTHING)
         return token_weight * (loss + Z_LOSS_WEIGHT * torch.where(target == -100, 0.0, z.logsumexp(1).square()))
 
@@ -80,7 +77,7 @@ def make_features(problem: Problem, group: ProcessGroup | None, shard: VocabShar
         )
 
     def token_stats(logits: Tensor) -> Tensor:
-        z = transformed(logits)
+        z = transformed_logits(logits, **TRANSFORM)
         log_probs = z.log_softmax(1)
         log_prob = log_probs.gather(1, several).sum(1)
         entropy = -(log_probs.exp() * log_probs).sum(1)
@@ -97,7 +94,7 @@ def make_features(problem: Problem, group: ProcessGroup | None, shard: VocabShar
         return (shares * torch.stack(outputs)).sum(0)
 
     def top_k(logits: Tensor) -> Tensor:
-        return (share * transformed(logits).log_softmax(1).gather(1, classes[:, :k])).sum(1)
+        return (share * transformed_logits(logits, **TRANSFORM).log_softmax(1).gather(1, classes[:, :k])).sum(1)
 
     def top_k_of_part(part: Problem, **keywords: Any) -> Tensor:
         top = linear_top_k(part.hidden, part.weight, k, linear_bias=part.bias, **TRANSFORM, **keywords)
@@ -105,8 +102,8 @@ def make_features(problem: Problem, group: ProcessGroup | None, shard: VocabShar
 
     def divergence(name: Any) -> Feature:
         def of_logits(logits: Tensor) -> Tensor:
-            log_p = transformed(logits).log_softmax(1)
-            log_q = (teacher_logits / TRANSFORM["temperature"]).log_softmax(1).to(log_p.dtype)
+            log_p = transformed_logits(logits, **TRANSFORM).log_softmax(1)
+            log_q = (teacher_logits / TEMPERATURE).log_softmax(1).to(log_p.dtype)
             if name == "forward_kl":
                 return (log_q.exp() * (log_q - log_p)).sum(1)
             if name == "reverse_kl":

@@ -141,7 +141,7 @@ def full_logits_cross_entropy(
     """The oracle of :func:`~vocab_parallel_fused.linear_cross_entropy`: stored logits and torch's own cross-entropy, in
     the dtype that all inputs have. Gradients by autograd, of ``token_weight`` too."""
     valid = (target != ignore_index).flatten()
-    logits = _full_logits(input, linear_weight, linear_bias, **transform).flatten(0, -2)[valid]
+    logits = transformed_logits(F.linear(input, linear_weight, linear_bias), **transform).flatten(0, -2)[valid]
     classes = target.flatten()[valid]
     loss = F.cross_entropy(logits, classes, weight=weight, reduction="none", label_smoothing=label_smoothing)
     z_loss = z_loss_weight * logits.logsumexp(dim=-1).square()
@@ -168,7 +168,7 @@ def full_logits_token_stats(
     **transform: Unpack[Transform],
 ) -> LinearTokenStats:
     """The oracle of :func:`~vocab_parallel_fused.linear_token_stats`, as :func:`full_logits_cross_entropy` is."""
-    logits = _full_logits(input, linear_weight, linear_bias, **transform)
+    logits = transformed_logits(F.linear(input, linear_weight, linear_bias), **transform)
     of_target: list[Tensor | None] = [None, None, None]
     log_probs, prob = logits.log_softmax(dim=-1), logits.softmax(dim=-1)
     argmax_logit, argmax = logits.max(dim=-1)
@@ -190,16 +190,11 @@ def full_logits_token_stats(
     )
 
 
-def _full_logits(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    *,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    temperature: float = 1.0,
+def transformed_logits(
+    raw: Tensor, *, logit_scale: float = 1.0, logit_softcap: float | None = None, temperature: float = 1.0
 ) -> Tensor:
-    logits = logit_scale * F.linear(input, linear_weight, linear_bias)
+    """The oracle of :class:`~vocab_parallel_fused.transform.LogitTransform`, differentiable."""
+    logits = logit_scale * raw
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     return logits / temperature
