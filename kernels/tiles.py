@@ -98,12 +98,12 @@ def log2_from(z, maximum):
     """(z − maximum) · log2(e), but for a number per row that the second result holds and that has to be taken off.
 
     One fused multiply-add per logit. The product with the maximum is rounded, which moves all logits of a row alike;
-    without the rounding, the maximum itself comes out as exactly 0. Not so for `z − maximum`: where z is a product, the
-    compiler fuses it with the difference, whose maximum then is the rounding of z.
+    without the rounding, the maximum itself comes out as exactly 0. The fusion is spelled out: of `z · log2(e) −
+    reference` the compiler may fuse either product, and of `z − maximum` one that z itself is.
     """
     reference = maximum * LOG2E
     rounding = tl.fma(maximum, tl.full(maximum.shape, LOG2E, tl.float32), -reference)
-    return z * LOG2E - reference[:, None], rounding
+    return tl.fma(z, tl.full(z.shape, LOG2E, tl.float32), -reference[:, None]), rounding
 
 
 @triton.jit
