@@ -1,128 +1,222 @@
-"""Time the op on one GPU against the matrix products that it cannot do without.
+"""Time this package and other implementations of the same loss against the matrix products it cannot do without.
 
-    python launch/benchmark.py                     # all named shapes
-    python launch/benchmark.py --shapes llama-8b-tp8 --dtype float16
+    python launch/benchmark.py                                         # all named shapes, one GPU
+    python launch/benchmark.py --methods all --shapes llama-8b-tp8 --json out.json --plot pictures
+    python launch/benchmark.py --shapes llama-8b --cache-fractions 0 0.25 0.5 0.75 1
+    python launch/benchmark.py --shapes llama-8b --tokens 1 16 128 1024 8192
+    torchrun --standalone --nproc-per-node 2 launch/benchmark.py --methods all --shapes llama-8b-8k
+    python launch/benchmark.py --replot out.json --plot pictures       # needs no GPU
 
-``G`` is the time of cuBLAS for the logits, ``2·T·V·H`` operations, which the forward needs. ``4G`` is its time for the
-four products of forward + backward when no logits are kept: the logits twice, dhidden and dweight. Every round times
-each method once, in an order of its own, so that all see the same clocks and temperature and follow one another alike;
-the table shows medians. "Extra" is the peak of allocated memory above the inputs and the two gradients.
+``G`` is the time of cuBLAS for the logits, ``2·T·V·H`` operations, which a forward needs. ``3G`` adds the two products
+of the backward, which is what a method that stores logits needs; ``4G`` adds the logits once more, which is what one
+that does not needs. One GPU runs one rank's shard as a whole vocabulary; several share the whole vocabulary of a shape.
+How each number is taken is in docs/benchmarks.md.
 """
 
 import argparse
-import random
-import statistics
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+from benchmark_measure import Workload, measure
+from benchmark_methods import METHODS, OURS, Method, cache, cache_name
+from benchmark_pictures import draw_pictures
+from benchmark_report import Report, make_table
+from bootstrap import Context, distributed
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import Progress
 
-import vocab_parallel_fused as vpf
+import vocab_parallel_fused
 
 
-class Shape(NamedTuple):
-    T: int
+@dataclass(frozen=True)
+class Shape:
+    """The output layer of a model as it is trained."""
+
+    model: str
     H: int
     V: int
+    """Rows of the whole vocabulary."""
+    tokens: int
+    """Of one forward."""
+    tp: int = 1
+    """Ranks that share the vocabulary."""
 
 
 SHAPES = {
-    "llama-8b": Shape(4096, 4096, 128256),
-    "llama-8b-tp8": Shape(8192, 4096, 16032),
-    "llama-70b-tp8": Shape(8192, 8192, 16032),
-    "qwen-7b-tp4": Shape(16384, 3584, 38016),
-    "gemma-2b": Shape(8192, 2304, 256000),
-    "odd": Shape(8191, 4096, 16033),
+    "llama-8b": Shape("Llama 3 8B", 4096, 128256, tokens=4096),
+    "llava-7b": Shape("LLaVA 1.5 7B", 4096, 32064, tokens=8192),
+    "llama-8b-8k": Shape("Llama 3 8B", 4096, 128256, tokens=8192),
+    "llama-8b-tp8": Shape("Llama 3 8B", 4096, 128256, tokens=8192, tp=8),
+    "llama-70b-tp8": Shape("Llama 3 70B", 8192, 128256, tokens=8192, tp=8),
+    "qwen-7b-tp4": Shape("Qwen2.5 7B", 3584, 152064, tokens=16384, tp=4),
+    "gemma-2b": Shape("Gemma 2 2B", 2304, 256000, tokens=8192),
+    "odd": Shape("none: no size is a multiple of a tile's", 4096, 16033, tokens=8191),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="named (T, H, V_local)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=20, help="timed rounds per shape (default: %(default)s)")
-    arguments = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.replot is not None:
+        publish(Report.load(args.replot), args)
+        return
+    check_arguments(args, parser)
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+        parser.error("needs a CUDA device; without one, --replot PATH shows the results of an earlier run")
+    with distributed() as context:
+        workloads = make_workloads(args, context.world_size)
+        if args.sequence_parallel:
+            check_sequence_parallel(workloads, context.world_size, parser)
+        report = empty_report(args, context)
+        try:
+            run(args, workloads, context, report)
+        finally:  # a run that is cut short has results, too
+            if context.rank == 0:
+                publish(report, args)
 
-    columns = ["shape", "T", "H", "V", "G ms", "forward ms", "/ G", "fwd + bwd ms", "/ 4G", "extra MiB"]
-    table = Table(*columns, title=f"{torch.cuda.get_device_name()}, {arguments.dtype}, torch {torch.__version__}")
-    for name in track(arguments.shapes, console=Console(stderr=True)):
-        shape = SHAPES[name]
-        table.add_row(name, *map(str, shape), *measure(shape, getattr(torch, arguments.dtype), arguments.rounds))
-    Console(width=120).print(table)
 
-
-def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> list[str]:
-    T, H, V = shape
-    hidden = torch.randn(T, H, device="cuda", dtype=dtype).requires_grad_()
-    weight = (torch.randn(V, H, device="cuda") / H**0.5).to(dtype).requires_grad_()
-    target = torch.randint(V, (T,), device="cuda")
-
-    def forward() -> None:
-        with torch.no_grad():
-            vpf.linear_cross_entropy(hidden, weight, target)
-
-    def forward_backward() -> None:
-        hidden.grad = weight.grad = None
-        vpf.linear_cross_entropy(hidden, weight, target).backward()
-
-    extra = extra_bytes(forward_backward, outputs=hidden.nbytes + weight.nbytes)
-    hidden.grad = weight.grad = None
-    # Logits and the three products on them, as a method that stores logits runs them.
-    x, w = hidden.detach(), weight.detach()
-    logits = torch.empty(T, V, device="cuda", dtype=dtype)
-    dhidden, dweight = torch.empty_like(x), torch.empty_like(w)
-    products = [
-        lambda: torch.mm(x, w.t(), out=logits),
-        lambda: torch.mm(logits, w, out=dhidden),
-        lambda: torch.mm(logits.t(), x, out=dweight),
-    ]
-    logits_ms, dhidden_ms, dweight_ms, forward_ms, step_ms = interleaved_ms(
-        [*products, forward, forward_backward], rounds
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all of them")
+    parser.add_argument("--tokens", nargs="+", type=positive, metavar="T", help="in place of one shape's own number")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["all", *METHODS],
+        default=["recompute", "cache-half", "cache"],
+        help="all: those that work on this number of ranks (default: the modes of this package)",
     )
-    recompute_ms = 2 * logits_ms + dhidden_ms + dweight_ms
+    parser.add_argument(
+        "--cache-fractions",
+        nargs="+",
+        type=fraction,
+        default=[],
+        metavar="F",
+        help="further modes of this package: memory for this part of the shard's exponentials",
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--rounds", type=positive, default=20, help="timed rounds per shape (default: %(default)s)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="every rank holds a part of the tokens")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there, after every shape")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder")
+    parser.add_argument("--replot", type=Path, metavar="PATH", help="measure nothing; show what --json has written")
+    return parser
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {number:g}")
+    return number
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.tokens is not None and len(args.shapes) != 1:
+        parser.error(f"--tokens needs one shape, got {len(args.shapes)}: name it with --shapes")
+
+
+def check_sequence_parallel(workloads: Sequence[Workload], ranks: int, parser: argparse.ArgumentParser) -> None:
+    if ranks == 1:
+        parser.error("--sequence-parallel needs several ranks: start them with torchrun")
+    for workload in workloads:
+        if workload.T % ranks:
+            parser.error(
+                f"--sequence-parallel needs a number of tokens that {ranks} ranks divide, got {workload.T} of "
+                f"{workload.name}"
+            )
+
+
+def make_workloads(args: argparse.Namespace, ranks: int) -> list[Workload]:
+    """One rank takes a rank's shard, several the whole vocabulary."""
+    shapes = {name: SHAPES[name] for name in args.shapes}
     return [
-        f"{logits_ms:.2f}",
-        f"{forward_ms:.2f}",
-        f"{forward_ms / logits_ms:.3f}",
-        f"{step_ms:.2f}",
-        f"{step_ms / recompute_ms:.3f}",
-        f"{extra / 2**20:.0f}",
+        Workload(name, tokens, shape.H, shape.V // shape.tp if ranks == 1 else shape.V)
+        for name, shape in shapes.items()
+        for tokens in args.tokens or [shape.tokens]
     ]
 
 
-def extra_bytes(step: Callable[[], None], outputs: int) -> int:
-    """Peak of allocated memory during a step, above what is alive before it and the outputs that it leaves."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() - outputs  # the gradients of the first call
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - outputs
+def choose_methods(names: Sequence[str], cache_fractions: Sequence[float], ranks: int) -> dict[str, Method]:
+    """Those asked for, each once, in the order of ``METHODS``, which puts further cache fractions first."""
+    chosen = {cache_name(f): METHODS.get(cache_name(f), cache(f)) for f in sorted(cache_fractions)}
+    for name, method in METHODS.items():
+        works = method.one_rank if ranks == 1 else method.several_ranks
+        if name in names or ("all" in names and works):
+            chosen.setdefault(name, method)
+    return chosen
 
 
-def interleaved_ms(methods: list[Callable[[], object]], rounds: int, warmup: int = 3) -> list[float]:
-    """Median time of each method over rounds in which all take their turn, in a random order."""
-    order = random.Random(0)
-    turns = [order.sample(range(len(methods)), len(methods)) for _ in range(warmup + rounds)]
-    marks = []
-    for turn in turns:
-        for index in turn:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            methods[index]()
-            end.record()
-            marks.append((index, start, end))
-    torch.cuda.synchronize()
-    times = [[] for _ in methods]
-    for index, start, end in marks[warmup * len(methods) :]:
-        times[index].append(start.elapsed_time(end))
-    return [statistics.median(of_method) for of_method in times]
+def empty_report(args: argparse.Namespace, context: Context) -> Report:
+    return Report(
+        command=shlex.join(["launch/benchmark.py", *sys.argv[1:]]),
+        device=torch.cuda.get_device_name(),
+        versions=find_versions(),
+        ranks=context.world_size,
+        sequence_parallel=args.sequence_parallel,
+        dtype=args.dtype,
+        rounds=args.rounds,
+        shapes=[],
+    )
+
+
+def run(args: argparse.Namespace, workloads: Sequence[Workload], context: Context, report: Report) -> None:
+    """Measure each shape and add it to the report."""
+    methods = choose_methods(args.methods, args.cache_fractions, context.world_size)
+    console = Console(stderr=True, quiet=context.rank != 0)
+    with Progress(console=console) as bar:
+        steps = len(workloads) * (len(methods) + 2)
+        task = bar.add_task("", total=steps)
+        for workload in workloads:
+
+            def progress(what: str, name: str = f"{workload.name}, T {workload.T}") -> None:
+                bar.update(task, advance=1, description=f"{name}: {what}")
+
+            torch.compiler.reset()  # each function may be compiled for a limited number of shapes
+            report.shapes.append(
+                measure(
+                    workload,
+                    methods,
+                    context,
+                    dtype=getattr(torch, args.dtype),
+                    rounds=args.rounds,
+                    sequence_parallel=args.sequence_parallel,
+                    progress=progress,
+                )
+            )
+            if args.json is not None and context.rank == 0:
+                report.save(args.json)
+
+
+def find_versions() -> dict[str, str]:
+    """Of everything installed that a time may depend on."""
+    versions = {OURS: vocab_parallel_fused.__version__, "CUDA": str(torch.version.cuda)}
+    for package in {"torch", "triton", "nvidia-cutlass-dsl", *(method.package for method in METHODS.values())} - {OURS}:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return dict(sorted(versions.items()))
+
+
+def publish(report: Report, args: argparse.Namespace) -> None:
+    console = Console(width=160)
+    console.print(f"{report.setting}; medians of {report.rounds} rounds\n{report.command}")
+    for shape in report.shapes:
+        console.print(make_table(shape, report))
+    if args.plot is not None:
+        for path in draw_pictures(report, args.plot):
+            console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from figures import INK, OTHERS, OURS, draw_grid, new_figure, open_frame
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -21,7 +20,6 @@ COMPARED_STEPS = 100
 
 BYTES_PER_LOGIT = 4  # fp32
 _MIB = 2**20
-_FULL, _SHARDED, _INK, _GRID = "#a9b4c2", "#d1495b", "#30363d", "#e6e9ed"
 
 
 @dataclass(frozen=True)
@@ -109,17 +107,15 @@ def make_table(comparison: Comparison) -> Table:
 
 def draw_picture(comparison: Comparison, path: Path) -> None:
     """Loss curves above their difference on the left, memory bars on the right."""
-    figure = Figure(figsize=(11, 5.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    figure.suptitle("One language model, trained with and without its logits", fontsize=15, weight="bold", color=_INK)
+    figure = new_figure("One language model, trained with and without its logits", size=(11, 5.4))
     grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1), height_ratios=(2.4, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
     difference_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
     memory_axes = figure.add_subplot(grid[:, 1])
     for axes in (loss_axes, difference_axes, memory_axes):
-        axes.spines[["top", "right"]].set_visible(False)
+        open_frame(axes)
     for axes in (loss_axes, difference_axes):
-        axes.set_axisbelow(True)
-        axes.grid(axis="y", color=_GRID)
+        draw_grid(axes)
     _draw_losses(loss_axes, comparison)
     _draw_differences(difference_axes, comparison)
     _draw_memory(memory_axes, comparison)
@@ -129,10 +125,10 @@ def draw_picture(comparison: Comparison, path: Path) -> None:
 def _draw_losses(axes: Axes, comparison: Comparison) -> None:
     full, sharded = comparison.full, comparison.sharded
     steps = range(1, len(full.losses) + 1)
-    axes.plot(steps, full.losses, color=_FULL, linewidth=7, solid_capstyle="round", label=full.name)
-    axes.plot(steps, sharded.losses, color=_SHARDED, linewidth=1.8, label=sharded.name)
+    axes.plot(steps, full.losses, color=OTHERS, linewidth=7, solid_capstyle="round", label=full.name)
+    axes.plot(steps, sharded.losses, color=OURS, linewidth=1.8, label=sharded.name)
     axes.set_ylabel("nats per token")
-    axes.set_title(f"training loss · {comparison.setting}", loc="left", fontsize=11, color=_INK)
+    axes.set_title(f"training loss · {comparison.setting}", loc="left", fontsize=11, color=INK)
     axes.legend(frameon=False)
     axes.tick_params(labelbottom=False)
 
@@ -141,12 +137,12 @@ def _draw_differences(axes: Axes, comparison: Comparison) -> None:
     differences = comparison.differences
     # Linear below fp32's resolution of such losses, so that equal losses have a place, at zero.
     axes.set_yscale("symlog", linthresh=1e-7)
-    axes.plot(range(1, len(differences) + 1), differences, color=_INK, marker="o", markersize=3, linestyle="none")
-    axes.hlines(TOLERANCE, 1, comparison.compared_steps, color=_SHARDED, linestyle="--", linewidth=1)
-    axes.text(1, TOLERANCE, "allowed", color=_SHARDED, va="bottom", fontsize=9)
+    axes.plot(range(1, len(differences) + 1), differences, color=INK, marker="o", markersize=3, linestyle="none")
+    axes.hlines(TOLERANCE, 1, comparison.compared_steps, color=OURS, linestyle="--", linewidth=1)
+    axes.text(1, TOLERANCE, "allowed", color=OURS, va="bottom", fontsize=9)
     axes.set_ylim(-5e-8, 10 * max(TOLERANCE, float(differences.nan_to_num(posinf=0.0).max())))
     axes.set_yticks([0, 1e-6, 1e-4])
-    axes.set_title("difference of the two", loc="left", fontsize=11, color=_INK)
+    axes.set_title("difference of the two", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per token")
 
@@ -154,12 +150,12 @@ def _draw_differences(axes: Axes, comparison: Comparison) -> None:
 def _draw_memory(axes: Axes, comparison: Comparison) -> None:
     runs = (comparison.full, comparison.sharded)
     bars = axes.bar(
-        [run.name for run in runs], [run.peak_bytes / _MIB for run in runs], color=[_FULL, _SHARDED], width=0.55
+        [run.name for run in runs], [run.peak_bytes / _MIB for run in runs], color=[OTHERS, OURS], width=0.55
     )
-    axes.bar_label(bars, labels=[_mib(run.peak_bytes) for run in runs], padding=4, fontsize=11, color=_INK)
+    axes.bar_label(bars, labels=[_mib(run.peak_bytes) for run in runs], padding=4, fontsize=11, color=INK)
     axes.margins(x=0.15, y=0.1)
     axes.set_ylabel("MiB per rank")
-    axes.set_title("peak memory of head and loss", loc="left", fontsize=11, color=_INK)
+    axes.set_title("peak memory of head and loss", loc="left", fontsize=11, color=INK)
 
 
 def _mib(num_bytes: int) -> str:
