@@ -32,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def expected_files() -> set[str]:
     package = {f"vocab_parallel_fused/{path.name}" for path in (ROOT / "vocab_parallel_fused").glob("*.py")}
     kernels = {f"vocab_parallel_fused/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    return package | kernels | {"vocab_parallel_fused/py.typed"}
+    return package | kernels | {"vocab_parallel_fused/py.typed", "vocab_parallel_fused/kernels/tiles.json"}
 
 
 @pytest.mark.parametrize("which", ["wheel of the sdist", "wheel of the checkout"])
