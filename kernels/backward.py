@@ -16,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel_fused.exp_cache import ExpCache
+from vocab_parallel_fused.kernels import hopper
 from vocab_parallel_fused.kernels.configs import tile_config
+from vocab_parallel_fused.kernels.kept import kept_dlogits
 from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
@@ -24,6 +27,7 @@ from vocab_parallel_fused.kernels.tiles import (
     current_arch,
     log2_from,
     logits_tile,
+    num_processors,
     operand_kwargs,
     tile_position,
     times_derivative,
@@ -67,6 +71,12 @@ def dlogits_kernel(
     pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)  # pyright: ignore[reportGeneralTypeIssues]
     off_t = pid_t * BLOCK_T
     off_v = pid_v * BLOCK_V
+    offs_t = off_t + tl.arange(0, BLOCK_T)
+    offs_v = off_v + tl.arange(0, BLOCK_V)
+    mask_t = offs_t < T
+    # Read before the product, which hides the wait for them.
+    maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
+    level = tl.load(level_ptr + offs_t, mask=mask_t, other=0.0)
     z = logits_tile(
         hidden,
         weight,
@@ -89,12 +99,6 @@ def dlogits_kernel(
         USE_DESCRIPTORS,
         PRECISION,
     )
-    offs_t = off_t + tl.arange(0, BLOCK_T)
-    offs_v = off_v + tl.arange(0, BLOCK_V)
-    mask_t = offs_t < T
-    maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
-    level = tl.load(level_ptr + offs_t, mask=mask_t, other=0.0)
-
     shifted, rounding = log2_from(z, maximum)
     largest = tl.exp2(rounding)
     exps = tl.exp2(shifted)
@@ -121,7 +125,7 @@ def dlogits_kernel(
 
 @triton.jit
 def target_dlogits_kernel(
-    target_row_ptr,  # [T, K] int64, −1: not in this shard
+    target_row_ptr,  # [T, K] int64, out of any block's rows: not in this shard
     target_logit_ptr,  # [T, K]
     class_weight_ptr,  # [rows of the shard] or None: all 1
     max_ptr,  # [T]
@@ -129,6 +133,7 @@ def target_dlogits_kernel(
     slope_ptr,  # [T] or None
     grad_logit_sum_ptr,  # [T] or None
     grad_target_logit_ptr,  # [T, K], the same for the same class of a token
+    scale_ptr,  # [T] of kept dlogits, or None: 1
     dlogits_ptr,  # [T, V] out, written at the targets
     T,
     V,
@@ -144,10 +149,11 @@ def target_dlogits_kernel(
     rows_t = offs_n // K
     target_row = tl.load(target_row_ptr + offs_n, mask=offs_n < T * K, other=-1)
     column = target_row - first_row
-    # −1, for a target elsewhere, is before the first row of any block.
     owned = (column >= 0) & (column < V)
     z = tl.load(target_logit_ptr + offs_n, mask=owned, other=0.0)
     difference = z - tl.load(max_ptr + rows_t, mask=owned, other=0.0)
+    # Another order of products may have rounded the target above the largest logit.
+    difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
     coefficient = tl.load(level_ptr + rows_t, mask=owned, other=0.0)
     if slope_ptr is not None:
         coefficient += tl.load(slope_ptr + rows_t, mask=owned, other=0.0) * tl.maximum(difference, -128.0)
@@ -159,6 +165,9 @@ def target_dlogits_kernel(
         dlogit += grad_logit_sum
     dlogit += tl.load(grad_target_logit_ptr + offs_n, mask=owned, other=0.0)
     dlogit = times_derivative(dlogit, z, inner, outer, TRANSFORM)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + rows_t, mask=owned, other=1.0)
+        dlogit = tl.where(scale == 0, 0.0, dlogit / scale)
     tl.store(
         dlogits_ptr + rows_t.to(tl.int64) * stride_dlogits_t + column,
         dlogit.to(dlogits_ptr.dtype.element_ty),
@@ -195,13 +204,14 @@ def local_grads(
     class_weight: Tensor | None,
     max_logit: Tensor,
     coefficients: DlogitsCoefficients,
+    cache: ExpCache | None,
     buffers: GradBuffers,
     workspace_bytes: int,
 ) -> None:
     """As ``eager.local_grads``."""
     hidden, weight, _, transform = head
     arch = current_arch()
-    tile = tile_config(arch, hidden.dtype)
+    tile = tile_config(arch, hidden.dtype, hidden.shape[0])
     unscale = None
     if hidden.dtype == torch.float16 and hidden.shape[0] > 0 and weight.shape[0] > 0:
         bound = coefficients.bound(class_weight) * abs(transform.inner * transform.outer)
@@ -220,38 +230,52 @@ def local_grads(
         coefficients = coefficients._replace(grad_target_logit=total)
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
-        level, slope, grad_logit_sum, grad_target_logit = (
-            None if field is None else field[tokens] for field in coefficients
-        )
-        of_tokens = {
-            "max_ptr": max_logit[tokens],
-            "level_ptr": level,
-            "slope_ptr": slope,
-            "grad_logit_sum_ptr": grad_logit_sum,
-            "dlogits_ptr": out,
-            "stride_dlogits_t": out.stride(0),
-        }
-        num_tiles = triton.cdiv(out.shape[0], tile.block_t) * triton.cdiv(out.shape[1], tile.block_v)
-        dlogits_kernel[(num_tiles,)](
-            class_weight_ptr=None if class_weight is None else class_weight[rows],
-            **of_tokens,
-            **operand_kwargs(head.block(tokens, rows), arch, tile),
-        )
-        if num_targets > 0:
-            target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
-                target_row_ptr=target_row[tokens],
-                target_logit_ptr=target_logit[tokens],
-                class_weight_ptr=class_weight,
-                grad_target_logit_ptr=grad_target_logit,
-                T=out.shape[0],
-                V=out.shape[1],
-                K=num_targets,
-                first_row=rows.start,
+        level, slope, grad_logit_sum, _ = coefficients.of(tokens)
+        of_tokens = {"max_ptr": max_logit[tokens], "level_ptr": level, "slope_ptr": slope}
+        block = head.block(tokens, rows)
+        if hopper.takes(block, arch) and grad_logit_sum is None:
+            hopper.launch_tiles(block, out, **of_tokens)
+        else:
+            num_tiles = triton.cdiv(out.shape[0], tile.block_t) * triton.cdiv(out.shape[1], tile.block_v)
+            dlogits_kernel[(num_tiles,)](
+                class_weight_ptr=None if class_weight is None else class_weight[rows],
+                grad_logit_sum_ptr=grad_logit_sum,
+                dlogits_ptr=out,
+                stride_dlogits_t=out.stride(0),
                 **of_tokens,
-                **transform_kwargs(transform),
-                **_TARGET_LAUNCH,
+                **operand_kwargs(block, arch, tile),
             )
+        write_targets(tokens, rows.start, out)
 
+    def write_targets(tokens: slice, first_row: int, out: Tensor, scale: Tensor | None = None) -> None:
+        if num_targets == 0:
+            return
+        level, slope, grad_logit_sum, grad_target_logit = coefficients.of(tokens)
+        target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
+            target_row_ptr=target_row[tokens],
+            target_logit_ptr=target_logit[tokens],
+            class_weight_ptr=class_weight,
+            max_ptr=max_logit[tokens],
+            level_ptr=level,
+            slope_ptr=slope,
+            grad_logit_sum_ptr=grad_logit_sum,
+            grad_target_logit_ptr=grad_target_logit,
+            scale_ptr=scale,
+            dlogits_ptr=out,
+            T=out.shape[0],
+            V=out.shape[1],
+            K=num_targets,
+            first_row=first_row,
+            stride_dlogits_t=out.stride(0),
+            **transform_kwargs(transform),
+            **_TARGET_LAUNCH,
+        )
+
+    kept = None
+    if cache is not None:
+        block = head.block(slice(None), slice(0, cache.exps.shape[1]))
+        kept = kept_dlogits(block, target_row, target_logit, max_logit, coefficients, cache)
+        write_targets(slice(None), 0, kept.values, kept.scale)
     sweep_grads(
         write_dlogits,
         head,
@@ -262,4 +286,6 @@ def local_grads(
         workspace_bytes=workspace_bytes,
         tile=(tile.block_t, tile.block_v),
         largest=(hidden.shape[0], weight.shape[0]),
+        processors=num_processors(hidden.device),
+        kept=kept,
     )

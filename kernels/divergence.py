@@ -378,7 +378,7 @@ def local_joint_stats(a: Operands, b: Operands, *, cross: bool) -> PartStats:
     if T == 0 or V == 0:
         return merged
     arch = current_arch()
-    tile = narrowed(tile_config(arch, a.hidden.dtype))
+    tile = narrowed(tile_config(arch, a.hidden.dtype, a.hidden.shape[0]))
     for rows, num_tiles in _chunks(T, V, tile, numbers_per_token=5):
         max_logit, sum_exp = torch.empty(2, num_tiles + 1, 2, T, dtype=torch.float32, device=device)
         sum_cross = torch.empty(num_tiles + 1, T, dtype=torch.float32, device=device) if cross else None
@@ -404,7 +404,7 @@ def local_js_sums(a: Operands, b: Operands, max_logit: Tensor, log_sum_exp: Tens
     if T == 0 or V == 0:
         return sums
     arch = current_arch()
-    tile = narrowed(tile_config(arch, a.hidden.dtype))
+    tile = narrowed(tile_config(arch, a.hidden.dtype, a.hidden.shape[0]))
     for rows, num_tiles in _chunks(T, V, tile, numbers_per_token=2):
         partial_sums = sums.new_empty(num_tiles, 2, T)
         js_sums_kernel[(triton.cdiv(T, tile.block_t) * num_tiles,)](
@@ -430,7 +430,7 @@ def local_divergence_grads(
 ) -> None:
     """As ``eager.local_divergence_grads``."""
     arch = current_arch()
-    tile = narrowed(tile_config(arch, student.hidden.dtype))
+    tile = narrowed(tile_config(arch, student.hidden.dtype, student.hidden.shape[0]))
     unscale = None
     if student.hidden.dtype == torch.float16 and grad.numel() > 0:
         bound = dlogits_bound(divergence, center, grad)

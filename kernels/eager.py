@@ -16,10 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels.sweep import GradBuffers, slices, sweep_grads
 from vocab_parallel_fused.stats import (
     DlogitsCoefficients,
     PartStats,
+    TokenLoss,
     Wanted,
     empty_joint_stats,
     empty_stats,
@@ -33,15 +35,19 @@ _TILE_ROWS = 1024
 _TILE_COPIES = 3  # logits, their gradients and the result of an elementwise step are alive together
 
 
-def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted) -> PartStats:
-    """Statistics of this shard.
+def local_stats(
+    head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted, exp_cache_bytes: int
+) -> tuple[PartStats, ExpCache | None]:
+    """Statistics of this shard, and what is kept for the backward: here nothing.
 
     Args:
         head: hidden states of all tokens, and this shard's rows.
-        target_row: ``[T, K]`` int64, rows of the shard that are the token's targets, −1 if not in this shard.
+        target_row: ``[T, K]`` int64, rows of the shard that are the token's targets; other numbers: not in this shard.
         class_weight: ``[V]`` fp32 (fp64 for fp64), the ``c_j`` of ``logit_sum``; None: all 1.
         wanted: which statistics; ``argmax`` counts rows of the shard.
+        exp_cache_bytes: memory that may be kept.
     """
+    del exp_cache_bytes  # to take an exponential again costs nothing beside this implementation's products
     T, V = head.hidden.shape[0], head.weight.shape[0]
     stats = empty_stats(target_row, _accumulator_dtype(head.hidden), wanted)
     chunks = []
@@ -52,7 +58,7 @@ def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None,
             tile = _tile_stats(_logits(head.block(tokens, rows)), rows.start, target_row[tokens], weights, wanted)
             merged = merge_stats(_over(torch.stack, merged, tile))
         chunks.append(merged)
-    return _over(torch.cat, *chunks)
+    return _over(torch.cat, *chunks), None
 
 
 def _over(join: Callable[[list[Tensor]], Tensor], *parts: PartStats) -> PartStats:
@@ -81,7 +87,7 @@ def _tile_stats(
         max_logit,
         exps.sum(dim=1),
         target_logit,
-        torch.zeros_like(target_logit),
+        owned.to(logits.dtype),
         class_sum,
         logit_sum,
         sum_exp_logit,
@@ -96,6 +102,7 @@ def local_grads(
     class_weight: Tensor | None,
     max_logit: Tensor,
     coefficients: DlogitsCoefficients,
+    cache: ExpCache | None,
     buffers: GradBuffers,
     workspace_bytes: int,
 ) -> None:
@@ -106,10 +113,11 @@ def local_grads(
         target_logit: ``[T, K]`` of this shard, as :func:`local_stats` returned it.
         max_logit: ``[T]`` of the whole vocabulary.
         coefficients: of the gradient of the logits.
+        cache: what :func:`local_stats` kept.
         buffers: for the gradients that are wanted.
         workspace_bytes: memory for the tile of logit gradients and its temporaries.
     """
-    del target_logit  # recomputed with its tile
+    del target_logit, cache  # recomputed with its tile; there is none
     dtype = _accumulator_dtype(head.hidden)
     level, slope, grad_logit_sum, grad_target_logit = coefficients
 
@@ -139,6 +147,41 @@ def local_grads(
         tile=(32, 32),
         largest=(_TILE_TOKENS, _TILE_ROWS),
     )
+
+
+def token_loss(whole: PartStats, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
+    """The cross-entropy without any option, as ``cross_entropy.cross_entropy`` has it.
+
+    Args:
+        whole: statistics of the whole vocabulary, with one target of each token.
+        target: ``[T, 1]`` class ids.
+        ignore_index: of tokens that are left out.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``.
+    """
+    valid = target[:, 0] != ignore_index
+    differences = (whole.target_logit[:, 0] - whole.max_logit).clamp_(max=0)
+    loss = torch.where(valid, whole.sum_exp.log() - differences, 0.0)
+    num_valid = valid.sum().clamp_(min=1).to(loss.dtype)
+    owned_once = torch.where(valid, whole.owners[:, 0] == 1, True).all()
+    if reduction != "none":
+        loss = loss.sum() / num_valid if reduction == "mean" else loss.sum()
+    return TokenLoss(loss, num_valid, owned_once)
+
+
+def token_loss_grads(
+    grad: Tensor, sum_exp: Tensor, target: Tensor, num_valid: Tensor | None, ignore_index: int
+) -> DlogitsCoefficients:
+    """The gradient of the logits of :func:`token_loss`.
+
+    Args:
+        grad: upstream gradient, shaped like the loss.
+        sum_exp: ``[T]`` of the whole vocabulary.
+        target, ignore_index: as in :func:`token_loss`.
+        num_valid: what the loss was divided by, if it was.
+    """
+    valid = target[:, 0] != ignore_index
+    grads = torch.where(valid, grad if num_valid is None else grad / num_valid, 0.0)
+    return DlogitsCoefficients(grads / sum_exp, None, None, -grads[:, None])
 
 
 def local_top_k(head: Operands, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,10 @@
 grow with the vocabulary.
 ``target_logit_kernel`` computes the targets' logits once more, from their rows alone: to look for them in every tile
 costs several times as much.
+
+With a budget for it, ``exp(z − r) · ∂z/∂a`` of the first rows is kept for the backward, in the inputs' dtype. The
+reference ``r`` must be known before the first tile: it is the largest of a few dozen logits of the token that
+``target_logit_kernel`` computes anyway. Any ``r`` near the maximum will do (``exp_cache.py``).
 ``T`` tokens, ``V`` rows of the shard, ``H`` hidden size, ``K`` targets a token. A pointer that is None is a statistic
 that nobody wants.
 """
@@ -18,26 +22,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel_fused.kernels.configs import tile_config
+from vocab_parallel_fused.exp_cache import ExpCache, allocate_cache
+from vocab_parallel_fused.kernels import hopper
+from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
+from vocab_parallel_fused.kernels.sweep import slices
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
+    LOG2E,
     current_arch,
     log2_from,
     logits_tile,
+    num_processors,
     operand_kwargs,
     product_precision,
     rows_product,
     tile_position,
+    times_derivative,
     transform_kwargs,
     transform_logits,
+    whole_waves,
 )
 from vocab_parallel_fused.stats import PartStats, Wanted, empty_stats
 from vocab_parallel_fused.transform import Operands
 
-_PARTIAL_BYTES = 8 * 2**20  # 16384 tiles a launch: its last, unfilled wave of processors costs little
+_PARTIAL_BYTES = 6 * 2**20 + 2**19
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
-_TARGET_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "num_stages": 4}
+_TARGET_BLOCK_T = 64
 _MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_P": 16}
 
 
@@ -53,6 +64,8 @@ def partial_stats_kernel(
     partial_logit_sum_ptr,  # [num_tiles, T] out, or None
     partial_sum_exp_logit_ptr,  # [num_tiles, T] out, or None
     partial_argmax_ptr,  # [num_tiles, T] int32 out, or None
+    reference_ptr,  # [T] or None: no exponentials are kept
+    exps_ptr,  # [T, V] out, or None
     first_row,  # number of the first row in the shard, as argmax counts
     T,
     V,
@@ -61,6 +74,7 @@ def partial_stats_kernel(
     stride_hidden_h,
     stride_weight_v,
     stride_weight_h,
+    stride_exps_t,
     inner,
     outer,
     BLOCK_T: tl.constexpr,
@@ -74,6 +88,10 @@ def partial_stats_kernel(
     pid_t, pid_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP_T)  # pyright: ignore[reportGeneralTypeIssues]
     off_t = pid_t * BLOCK_T
     off_v = pid_v * BLOCK_V
+    offs_t = off_t + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    if exps_ptr is not None:
+        reference = tl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
     z = logits_tile(
         hidden,
         weight,
@@ -96,9 +114,7 @@ def partial_stats_kernel(
         USE_DESCRIPTORS,
         PRECISION,
     )
-    offs_t = off_t + tl.arange(0, BLOCK_T)
     offs_v = off_v + tl.arange(0, BLOCK_V)
-    mask_t = offs_t < T
     out = pid_v.to(tl.int64) * T + offs_t
 
     if off_v + BLOCK_V > V:
@@ -112,6 +128,14 @@ def partial_stats_kernel(
     tl.store(partial_max_ptr + out, maximum, mask=mask_t)
     # Rounded correctly, since a sum that falls below 1 would make a positive log-probability.
     tl.store(partial_sum_exp_ptr + out, tl.div_rn(tl.sum(exps, axis=1), largest), mask=mask_t)
+    if exps_ptr is not None:
+        factor = tl.exp2((finite - reference) * LOG2E) / largest
+        kept = times_derivative(exps * factor[:, None], z, inner, outer, TRANSFORM)
+        tl.store(
+            exps_ptr + offs_t.to(tl.int64)[:, None] * stride_exps_t + offs_v[None, :],
+            kept.to(exps_ptr.dtype.element_ty),
+            mask=mask_t[:, None] & (offs_v < V)[None, :],
+        )
     if partial_sum_exp_logit_ptr is not None:
         terms = exps * tl.maximum(shifted - rounding[:, None], LEAST_LOG2)
         tl.store(partial_sum_exp_logit_ptr + out, tl.sum(terms, axis=1) * (LN2 / largest), mask=mask_t)
@@ -218,13 +242,15 @@ def target_logit_kernel(
     hidden_ptr,  # [T, H]
     weight_ptr,  # [V, H]
     bias_ptr,  # [V] or None
-    target_row_ptr,  # [T, K] int64, −1: not in this shard
-    max_ptr,  # [T]
+    target_row_ptr,  # [T, K] int64, not in [0, V): not in this shard
     target_logit_ptr,  # [T, K] out, 0 where the target is not in this shard
     owners_ptr,  # [T, K] out, 1 or 0
+    reference_ptr,  # [num_references] out, or None: the largest logit of some of the token's
     T,
+    V,
     H,
     K,
+    num_references,
     stride_hidden_t,
     stride_hidden_h,
     stride_weight_v,
@@ -238,13 +264,14 @@ def target_logit_kernel(
 ):
     """The diagonal of a tile whose rows are tokens and whose columns are a target of each, so that every sum over H
     runs in the order it has in `partial_stats_kernel`: what rounding does to the largest logits and to a confident
-    target's then cancels in their difference."""
+    target's then cancels in their difference. The rest of the tile is a sample of each token's logits: the targets of
+    its neighbours, and rows from the start of the shard, which in most vocabularies are frequent classes."""
     offs = tl.arange(0, BLOCK_T)
     offs_n = tl.program_id(0) * BLOCK_T + offs
     mask_n = offs_n < T * K
     target_row = tl.load(target_row_ptr + offs_n, mask=mask_n, other=-1)
-    owned = target_row >= 0
-    rows_v = tl.where(owned, target_row, 0)
+    owned = (target_row >= 0) & (target_row < V)
+    rows_v = tl.where(owned, target_row, offs_n % V)
     rows_t = tl.minimum(offs_n // K, T - 1)
     raw = rows_product(
         hidden_ptr,
@@ -261,25 +288,29 @@ def target_logit_kernel(
         BLOCK_H,
         PRECISION,
     )
-    raw = tl.sum(tl.where(offs[:, None] == offs[None, :], raw, 0.0), axis=1)
     if bias_ptr is not None:
-        raw += tl.load(bias_ptr + rows_v, mask=owned, other=0.0).to(tl.float32)
-    # Another order of products may round a target above the largest logit, but no log-probability is positive.
-    maximum = tl.load(max_ptr + rows_t, mask=owned, other=0.0)
-    z = tl.minimum(transform_logits(raw, inner, outer, TRANSFORM), maximum, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(target_logit_ptr + offs_n, tl.where(owned, z, 0.0), mask=mask_n)
+        raw += tl.load(bias_ptr + rows_v).to(tl.float32)[None, :]
+    z = transform_logits(raw, inner, outer, TRANSFORM)
+    target_logit = tl.sum(tl.where((offs[:, None] == offs[None, :]) & owned[:, None], z, 0.0), axis=1)
+    tl.store(target_logit_ptr + offs_n, target_logit, mask=mask_n)
     tl.store(owners_ptr + offs_n, owned.to(tl.float32), mask=mask_n)
+    if reference_ptr is not None:
+        reference = tl.max(z, axis=1)
+        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+        first_target = mask_n & (offs_n % K == 0) & (rows_t < num_references)
+        tl.store(reference_ptr + rows_t, reference, mask=first_target)
 
 
-def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted) -> PartStats:
+def local_stats(
+    head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted, exp_cache_bytes: int
+) -> tuple[PartStats, ExpCache | None]:
     """As ``eager.local_stats``."""
-    hidden, weight, bias, transform = head
+    hidden, weight, *_ = head
     T, V = hidden.shape[0], weight.shape[0]
     if T == 0 or V == 0:
-        return empty_stats(target_row, torch.float32, wanted)
+        return empty_stats(target_row, torch.float32, wanted), None
     arch = current_arch()
-    tile = tile_config(arch, hidden.dtype)
-    num_tiles = -(-V // tile.block_v)
+    tile = tile_config(arch, hidden.dtype, T)
     numbers = iter(hidden.new_empty(2 + 2 * wanted.logit_sum + wanted.expected_logit, T, dtype=torch.float32))
     stats = PartStats(
         next(numbers),
@@ -290,6 +321,10 @@ def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None,
         sum_exp_logit=next(numbers) if wanted.expected_logit else None,
         argmax=hidden.new_empty(T, dtype=torch.int64) if wanted.argmax else None,
     )
+    # The terms that these two add to the gradient are no multiples of a kept exponential.
+    keeps = not (wanted.logit_sum or wanted.expected_logit)
+    cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, tile.block_v) if keeps else None
+    _target_logits(head, target_row, stats, cache, arch, tile)
     reduced = {
         "max": stats.max_logit,
         "sum_exp": stats.sum_exp,
@@ -299,51 +334,97 @@ def local_stats(head: Operands, target_row: Tensor, class_weight: Tensor | None,
         "argmax": stats.argmax,
     }
     num_wanted = sum(field is not None for field in reduced.values())
-    chunk_tiles = min(num_tiles, max(1, _PARTIAL_BYTES // (4 * T * num_wanted)))
-    partials = {
-        f"partial_{name}_ptr": None
-        if field is None
-        else torch.empty(chunk_tiles, T, dtype=torch.int32 if name == "argmax" else torch.float32, device=hidden.device)
-        for name, field in reduced.items()
-    }
-    for first_tile in range(0, num_tiles, chunk_tiles):
-        chunk = min(chunk_tiles, num_tiles - first_tile)
-        rows = slice(first_tile * tile.block_v, (first_tile + chunk) * tile.block_v)
-        partial_stats_kernel[(-(-T // tile.block_t) * chunk,)](
-            class_weight_ptr=None if class_weight is None else class_weight[rows],
-            first_row=rows.start,
-            **partials,
-            **operand_kwargs(head.block(slice(None), rows), arch, tile),
-        )
-        merge_partials_kernel[(triton.cdiv(T, _MERGE_LAUNCH["BLOCK_T"]),)](
-            **partials,
-            **{f"{name}_ptr": field for name, field in reduced.items()},
-            num_partials=chunk,
-            T=T,
-            **{"FIRST": first_tile == 0, **_MERGE_LAUNCH},
-        )
-    num_targets = target_row.shape[1]
-    if num_targets > 0:
-        target_logit_kernel[(triton.cdiv(T * num_targets, _TARGET_LAUNCH["BLOCK_T"]),)](
-            hidden,
-            weight,
-            bias,
-            target_row,
-            stats.max_logit,
-            stats.target_logit,
-            stats.owners,
-            T,
-            hidden.shape[1],
-            num_targets,
-            hidden.stride(0),
-            hidden.stride(1),
-            weight.stride(0),
-            weight.stride(1),
-            **{
-                "BLOCK_H": 2 * tile.block_h,
-                "PRECISION": product_precision(hidden.dtype),
-                **transform_kwargs(transform),
-                **_TARGET_LAUNCH,
-            },
-        )
-    return stats
+    on_hopper = hopper.takes(head, arch) and not (wanted.logit_sum or wanted.argmax)
+    num_kept = 0 if cache is None else cache.exps.shape[1]
+    launch_tokens = hopper.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
+    for tokens in slices(T, launch_tokens):
+        num_tokens = tokens.stop - tokens.start
+        most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
+        tiles_t = -(-num_tokens // tile.block_t)
+        of_tokens = {name: None if field is None else field[tokens] for name, field in reduced.items()}
+        for part in (slice(0, num_kept), slice(num_kept, V)):
+            tiles_v = -(-(part.stop - part.start) // tile.block_v)
+            if tiles_v == 0:
+                continue
+            # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
+            strip, chunk = 1, whole_waves(tiles_v, most_partials, tiles_t, num_processors(hidden.device))
+            if on_hopper:
+                strip, chunk = -(-tiles_v // most_partials), tiles_v
+            for rows in slices(part.stop, chunk * tile.block_v, part.start):
+                num_partials = -(-(rows.stop - rows.start) // (strip * tile.block_v))
+                partials = {
+                    f"partial_{name}_ptr": None
+                    if field is None
+                    else field.new_empty(
+                        num_partials, num_tokens, dtype=torch.int32 if name == "argmax" else torch.float32
+                    )
+                    for name, field in of_tokens.items()
+                }
+                block = head.block(tokens, rows)
+                exps = reference = None
+                if cache is not None and rows.start < num_kept:
+                    exps, reference = cache.exps[tokens, rows], cache.reference[tokens]
+                if on_hopper:
+                    hopper.launch_tiles(block, exps, strip=strip, reference_ptr=reference, **partials)
+                else:
+                    partial_stats_kernel[(tiles_t * num_partials,)](
+                        class_weight_ptr=None if class_weight is None else class_weight[rows],
+                        reference_ptr=reference,
+                        exps_ptr=exps,
+                        stride_exps_t=0 if exps is None else exps.stride(0),
+                        first_row=rows.start,
+                        **partials,
+                        **operand_kwargs(block, arch, tile),
+                    )
+                merge_partials_kernel[(triton.cdiv(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
+                    **partials,
+                    **{f"{name}_ptr": field for name, field in of_tokens.items()},
+                    num_partials=num_partials,
+                    T=num_tokens,
+                    **{"FIRST": rows.start == 0, **_MERGE_LAUNCH},
+                )
+    return stats, cache
+
+
+def target_launch(arch: str, tile: TileConfig) -> dict[str, Any]:
+    """How ``target_logit_kernel`` is launched beside a tile: with deep blocks, as its work is to read rows."""
+    num_stages = 2 if arch.startswith("gfx") else 4
+    return {"BLOCK_T": _TARGET_BLOCK_T, "BLOCK_H": min(2 * tile.block_h, 128), "num_stages": num_stages}
+
+
+def _target_logits(
+    head: Operands, target_row: Tensor, stats: PartStats, cache: ExpCache | None, arch: str, tile: TileConfig
+) -> None:
+    """Write ``target_logit`` and ``owners``, and the cache's reference."""
+    hidden, weight, bias, transform = head
+    target_logit, owners = stats.target_logit, stats.owners
+    if target_row.shape[1] == 0:
+        if cache is None:
+            return
+        # Of no target, only the sample is of use.
+        target_row = target_row.new_full((target_row.shape[0], 1), -1)
+        target_logit, owners = torch.empty(2, *target_row.shape, device=hidden.device)
+    T, num_targets = target_row.shape
+    target_logit_kernel[(triton.cdiv(T * num_targets, _TARGET_BLOCK_T),)](
+        hidden,
+        weight,
+        bias,
+        target_row,
+        target_logit,
+        owners,
+        None if cache is None else cache.reference,
+        T,
+        weight.shape[0],
+        hidden.shape[1],
+        num_targets,
+        0 if cache is None else cache.reference.shape[0],
+        hidden.stride(0),
+        hidden.stride(1),
+        weight.stride(0),
+        weight.stride(1),
+        **{
+            "PRECISION": product_precision(hidden.dtype, arch),
+            **transform_kwargs(transform),
+            **target_launch(arch, tile),
+        },
+    )

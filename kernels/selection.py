@@ -147,7 +147,7 @@ def local_top_k(head: Operands, k: int, workspace_bytes: int) -> tuple[Tensor, T
     if T == 0 or V == 0:
         return top_logit, top_row
     arch = current_arch()
-    tile = tile_config(arch, hidden.dtype)
+    tile = tile_config(arch, hidden.dtype, T)
     block_t = even_block(T, workspace_bytes // (4 * tile.block_v), tile.block_t)
     block_v = even_block(V, min(_LARGEST_BLOCK, workspace_bytes // (4 * block_t)), tile.block_v)
     workspace = hidden.new_empty(block_t, block_v, dtype=torch.float32)

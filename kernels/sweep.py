@@ -1,14 +1,20 @@
-"""The backward's walk over blocks of the vocabulary, shared by every implementation.
+"""The backward's walk over blocks of tokens and rows, shared by every implementation.
 
-For each block of rows, and within it each block of tokens:
+    for each group of tokens                                mostly one: all tokens
+        for each block of rows
+            for each block of tokens                        mostly one: the group
+                dlogits [block_t, block_v]  ←  recomputed by the implementation, in the workspace
+                dhidden [group_t, H]        += dlogits @ weight       fp32, over the blocks of rows
+                dweight [block_v, H]        += dlogitsᵀ @ hidden      fp32, over the blocks of tokens
+                dbias   [block_v]           += Σ_t dlogits
 
-    dlogits [block_t, block_v]  ←  recomputed by the implementation, in the workspace
-    dhidden [block_t, H]        += dlogits @ weight            fp32, over all blocks of rows
-    dweight [block_v, H]        +=  dlogitsᵀ @ hidden          fp32, over the blocks of tokens (mostly one)
-    dbias   [block_v]           += Σ_t dlogits
+With one group, rows of ``dweight`` are finished once and never read again, and ``dhidden`` needs an fp32 sum of its
+size. Where ``dweight`` itself is fp32 and can take sums, several groups keep that sum small, and where tokens outnumber
+rows, an fp32 sum of all ``dweight`` is the smaller one. :func:`plan_blocks` weighs traffic and waves. Sums are fp32
+whatever the dtype of the inputs.
 
-Rows of ``dweight`` are finished once and never read again. Both sums are accumulated in fp32, whatever the dtype of
-the inputs.
+The first rows may have their dlogits kept from the forward, but for a factor per token (:class:`KeptDlogits`): that
+factor commutes with both products, so they take one GEMM each.
 """
 
 from __future__ import annotations
@@ -22,6 +28,15 @@ from torch import Tensor
 
 from vocab_parallel_fused.transform import Operands
 
+# What a byte of traffic and a launch cost, counted in operations of the matrix units: 680 TFLOP/s over 4.2 TB/s and
+# 4 µs on an H200. Only their order of magnitude matters.
+_FLOPS_PER_BYTE = 160
+_FLOPS_PER_LAUNCH = 2.7e9
+_MOST_GROUPS = 64
+_MOST_BLOCKS_COMPARED = 32
+# GEMMs whose inner or outer dimension is no multiple of this leave the fast path: it would be two times slower.
+_GEMM_ROWS = 8
+
 
 class GradBuffers(NamedTuple):
     """Where a head's gradients go; None: not wanted."""
@@ -30,19 +45,113 @@ class GradBuffers(NamedTuple):
     dweight: Tensor | None  # [V, H], overwritten, or added to if accumulate_dweight
     dbias: Tensor | None  # [V], overwritten
     accumulate_dweight: bool
+    dhidden_ready: Callable[[], None] | None = None
+    """Called as soon as dhidden is complete, a product for dweight being still to come; None: nobody waits for it."""
+
+
+class KeptDlogits(NamedTuple):
+    """Gradients of the logits of the first rows that need no recomputation: ``dlogits = scale[:, None] · values``."""
+
+    values: Tensor  # [T, V_kept], in the dtype of the operands
+    scale: Tensor  # [T] fp32
+    scale_rows: Callable[[Tensor, Tensor, Tensor], None]  # (matrix [N, H], scale [N], out [N, H])
+
+
+class Blocks(NamedTuple):
+    """Sizes of a sweep's groups and blocks."""
+
+    group_t: int
+    block_t: int
+    block_v: int
 
 
 def even_block(total: int, largest: int, tile: int) -> int:
     """A multiple of ``tile`` that cuts ``total`` into nearly equal blocks: at most ``largest`` rounded up to it."""
-    num_tiles = max(1, -(-total // tile))
+    num_tiles = max(1, _ceil_div(total, tile))
     tiles_per_block = num_tiles if largest >= total else max(1, largest // tile)
-    num_blocks = -(-num_tiles // tiles_per_block)
-    return -(-num_tiles // num_blocks) * tile
+    num_blocks = _ceil_div(num_tiles, tiles_per_block)
+    return _ceil_div(num_tiles, num_blocks) * tile
 
 
-def slices(total: int, block: int) -> Iterator[slice]:
-    """Blocks of ``[0, total)``."""
-    return (slice(start, min(start + block, total)) for start in range(0, total, block))
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def slices(stop: int, block: int, start: int = 0) -> Iterator[slice]:
+    """Blocks of ``[start, stop)``."""
+    return (slice(first, min(first + block, stop)) for first in range(start, stop, block))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_blocks(
+    T: int,
+    H: int,
+    V: int,
+    *,
+    bytes_per_logit: int,
+    dhidden_sum_bytes: int,
+    dweight_sum_bytes: int,
+    dhidden_takes_product: bool,
+    dweight_takes_product: bool,
+    dweight_takes_sums: bool,
+    workspace_bytes: int,
+    tile: tuple[int, int],
+    largest: tuple[int, int],
+    processors: int,
+) -> Blocks:
+    """The cheapest blocks that fit the workspace; at least one tile.
+
+    Counted are the waves of tiles in which ``processors`` compute the dlogits, the last of each block's unfilled; the
+    traffic of the two sums; and the launches.
+
+    Args:
+        T, H, V: tokens, hidden size and rows.
+        bytes_per_logit: memory for each element of a block.
+        dhidden_sum_bytes, dweight_sum_bytes: bytes per element of a sum that needs memory of its own, else 0.
+        dhidden_takes_product, dweight_takes_product: whether it needs no sum if one product makes all of it.
+        dweight_takes_sums: whether dweight, if wanted, can be visited several times, so that groups may be smaller.
+        workspace_bytes: for a block and a block's dweight sum; with ``dweight_takes_sums`` for dhidden's sum too.
+        tile: (tokens, rows) that a block is a multiple of.
+        largest: (tokens, rows) of a block.
+        processors: how many tiles run at a time.
+    """
+    tile_t, tile_v = tile
+
+    def cost(blocks: Blocks) -> float:
+        waves = launches = 0
+        group_t, block_t, block_v = blocks
+        for rows, count in ((block_v, V // block_v), (V % block_v, 1)):
+            if rows > 0:
+                tiles = _ceil_div(block_t, tile_t) * _ceil_div(rows, tile_v)
+                waves += count * _ceil_div(tiles, processors)
+                launches += 3 * count
+        num_groups, num_rows_blocks = _ceil_div(T, group_t), _ceil_div(V, block_v)
+        visits = num_groups * _ceil_div(group_t, block_t)
+        traffic = 2 * dhidden_sum_bytes * T * H * (num_rows_blocks > 1) * num_rows_blocks
+        traffic += 2 * 4 * V * H * num_groups
+        flops = 2 * H * tile_t * tile_v * processors * waves
+        return visits * (flops + launches * _FLOPS_PER_LAUNCH) + traffic * _FLOPS_PER_BYTE
+
+    def candidates(num_groups: int) -> Iterator[Blocks]:
+        group_t = _ceil_div(_ceil_div(T, num_groups), tile_t) * tile_t
+        block_t = even_block(min(group_t, T), min(largest[0], workspace_bytes // (bytes_per_logit * tile_v)), tile_t)
+        needs_sum = not (dweight_takes_product and block_t >= T)
+        bytes_per_row = block_t * bytes_per_logit + H * dweight_sum_bytes * needs_sum
+        sum_bytes = dhidden_sum_bytes * group_t * H if dweight_takes_sums else 0
+        for budget, least_rows in ((workspace_bytes, V), (workspace_bytes - sum_bytes, 1)):
+            rows = min(largest[1], budget // bytes_per_row)
+            if rows < least_rows or (least_rows == V > 1 and not dhidden_takes_product):
+                continue
+            num_tiles = _ceil_div(V, tile_v) if rows >= V else max(1, rows // tile_v)
+            step = _ceil_div(num_tiles, _MOST_BLOCKS_COMPARED)
+            for tiles in range(num_tiles, num_tiles // 2, -step):
+                yield Blocks(group_t, block_t, tiles * tile_v)
+
+    most_groups = min(_MOST_GROUPS, _ceil_div(T, tile_t)) if dweight_takes_sums and dhidden_sum_bytes else 1
+    num_groups = [1 << i for i in range(most_groups.bit_length())]
+    fitting = [blocks for groups in num_groups for blocks in candidates(groups)]
+    smallest = Blocks(_ceil_div(_ceil_div(T, num_groups[-1]), tile_t) * tile_t, tile_t, tile_v)
+    return min(fitting, key=cost, default=smallest)
 
 
 def sweep_grads(
@@ -56,6 +165,8 @@ def sweep_grads(
     workspace_bytes: int,
     tile: tuple[int, int],
     largest: tuple[int, int],
+    processors: int = 1,
+    kept: KeptDlogits | None = None,
 ) -> None:
     """Write the gradients that are wanted.
 
@@ -67,53 +178,150 @@ def sweep_grads(
         dlogits_dtype: of the workspace; the operand of the two GEMMs.
         unscale: a number that turns what is written into the gradients of the logits; see :func:`scale_into_fp16`.
         bytes_per_logit: memory for each element of a block, the implementation's temporaries included.
-        workspace_bytes: memory that blocks may take. All tokens are one block if a tile of rows then fits.
-        tile, largest: (tokens, rows) that a block is a multiple of, and at most. A block is at least one tile.
+        workspace_bytes: memory that blocks may take.
+        tile, largest, processors: see :func:`plan_blocks`.
+        kept: dlogits of the first rows, for which ``write_dlogits`` is then not called.
     """
     hidden, weight, *_ = head
     (T, H), V = hidden.shape, weight.shape[0]
-    dhidden, dweight, dbias, accumulate_dweight = buffers
-    if T == 0 or V == 0:
-        for grad in (dhidden, None if accumulate_dweight else dweight, dbias):
-            if grad is not None:
-                grad.zero_()
-        return
+    dhidden, dweight, dbias, accumulate_dweight, dhidden_ready = buffers
     dtype = torch.promote_types(dlogits_dtype, torch.float32)
-
-    block_t = even_block(T, min(largest[0], workspace_bytes // (bytes_per_logit * tile[1])), tile[0])
-    # A GEMM over all tokens rounds its fp32 sum once, so it can write dweight itself. Else the sum needs memory of
-    # its own, unless dweight is as precise.
-    dweight_takes_sum = (
+    num_kept = 0 if kept is None else kept.values.shape[1]
+    if T == 0 or V == 0:
+        _write_zeros(buffers)
+        return
+    dweight_total = None
+    if (
         dweight is not None
         and unscale is None
-        and (dweight.dtype == dtype or (dweight.dtype == dlogits_dtype and block_t >= T and not accumulate_dweight))
-    )
-    bytes_per_row = block_t * bytes_per_logit + (0 if dweight_takes_sum or dweight is None else H * dtype.itemsize)
-    block_v = even_block(V, min(largest[1], workspace_bytes // bytes_per_row), tile[1])
+        and dweight.dtype != dtype
+        and T > V > num_kept
+        and T * V * bytes_per_logit > workspace_bytes
+    ):
+        # A sum of all dweight is smaller than one of all dhidden, and lets that be finished group by group.
+        dweight_total = torch.empty(V, H, dtype=dtype, device=hidden.device)
+        dweight, accumulate_dweight = dweight_total, False
+    dbias_sum = None if dbias is None else dbias.new_zeros(V, dtype=dtype)
+    if kept is not None:
+        of_kept = buffers._replace(dweight=dweight, accumulate_dweight=accumulate_dweight)
+        _write_kept_rows(kept, head, of_kept, dbias_sum)
+    if num_kept < V:
+        # Sums may be added up in a gradient of their own dtype. A single product rounds its fp32 sum once, so it can
+        # be written into a gradient of its operands' dtype.
+        takes_sums = [grad is None or (unscale is None and grad.dtype == dtype) for grad in (dhidden, dweight)]
+        takes_product = [
+            grad is None or (unscale is None and grad.dtype == dlogits_dtype) for grad in (dhidden, dweight)
+        ]
+        blocks = plan_blocks(
+            T,
+            H,
+            V - num_kept,
+            bytes_per_logit=bytes_per_logit,
+            dhidden_sum_bytes=0 if takes_sums[0] else dtype.itemsize,
+            dweight_sum_bytes=0 if takes_sums[1] else dtype.itemsize,
+            dhidden_takes_product=takes_product[0] and kept is None and V % _GEMM_ROWS == 0,
+            dweight_takes_product=takes_product[1] and not accumulate_dweight,
+            dweight_takes_sums=takes_sums[1],
+            workspace_bytes=workspace_bytes,
+            tile=tile,
+            largest=largest,
+            processors=processors,
+        )
+        # The tail first: a product worth the name should come after dhidden is complete.
+        aligned = max(num_kept, V - V % _GEMM_ROWS)
+        row_blocks = [*slices(V, _GEMM_ROWS, aligned), *slices(aligned, blocks.block_v, num_kept)]
+        hidden_in_place = takes_sums[0] or (takes_product[0] and len(row_blocks) == 1 and kept is None)
+        weight_in_place = takes_sums[1] or (takes_product[1] and blocks.block_t >= T and not accumulate_dweight)
+        workspace = hidden.new_empty(min(blocks.block_t, T), blocks.block_v, dtype=dlogits_dtype)
+        dhidden_sum = _Sum(dhidden, min(blocks.group_t, T), dtype, in_place=hidden_in_place)
+        dweight_sum = _Sum(dweight, min(blocks.block_v, V), dtype, in_place=weight_in_place)
+        for group in slices(T, blocks.group_t):
+            _write_kept_dhidden(kept, group, weight, None if dhidden is None else dhidden_sum.part(group, group))
+            for rows in row_blocks:
+                for tokens in slices(group.stop, blocks.block_t, group.start):
+                    dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
+                    write_dlogits(tokens, rows, dlogits)
+                    first = rows is row_blocks[0] and kept is None
+                    dhidden_sum.add(tokens, group, dlogits, weight[rows], first=first)
+                    if tokens.stop == group.stop and rows is row_blocks[-1]:
+                        dhidden_sum.finish(group, unscale)
+                        if tokens.stop == T and dhidden_ready is not None:
+                            dhidden_ready()
+                    first = tokens.start == 0 and not (accumulate_dweight and weight_in_place)
+                    dweight_sum.add(rows, rows, dlogits.t(), hidden[tokens], first=first)
+                    if dbias_sum is not None:
+                        dbias_sum[rows] += dlogits.sum(dim=0, dtype=dtype)
+                dweight_sum.finish(rows, unscale, accumulate=accumulate_dweight)
+    for grad, total in ((dbias, dbias_sum), (buffers.dweight, dweight_total)):
+        if grad is not None and total is not None:
+            grad.copy_(total if unscale is None else total * unscale)
 
-    workspace = hidden.new_empty(block_t, block_v, dtype=dlogits_dtype)
-    dhidden_sum = dhidden
-    if dhidden is not None and dhidden.dtype != dtype:
-        dhidden_sum = torch.empty(T, H, dtype=dtype, device=dhidden.device)
-    for rows in slices(V, block_v):
-        dweight_rows = None if dweight is None else dweight[rows]
-        dweight_sum = dweight_rows
-        if dweight_rows is not None and not dweight_takes_sum:
-            dweight_sum = torch.empty(dweight_rows.shape, dtype=dtype, device=dweight_rows.device)
-        dbias_sum = None if dbias is None else dbias.new_zeros(rows.stop - rows.start, dtype=dtype)
-        for tokens in slices(T, block_t):
-            dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
-            write_dlogits(tokens, rows, dlogits)
-            if dhidden_sum is not None:
-                _matmul_into(dhidden_sum[tokens], dlogits, weight[rows], accumulate=rows.start > 0)
-            if dweight_sum is not None:
-                accumulate = tokens.start > 0 or (accumulate_dweight and dweight_takes_sum)
-                _matmul_into(dweight_sum, dlogits.t(), hidden[tokens], accumulate=accumulate)
-            if dbias_sum is not None:
-                dbias_sum += dlogits.sum(dim=0, dtype=dtype)
-        _finish(dweight_rows, dweight_sum, unscale, accumulate=accumulate_dweight)
-        _finish(None if dbias is None else dbias[rows], dbias_sum, unscale)
-    _finish(dhidden, dhidden_sum, unscale)
+
+def _write_zeros(buffers: GradBuffers) -> None:
+    for grad in (buffers.dhidden, None if buffers.accumulate_dweight else buffers.dweight, buffers.dbias):
+        if grad is not None:
+            grad.zero_()
+    if buffers.dhidden_ready is not None:
+        buffers.dhidden_ready()
+
+
+class _Sum:
+    """Products added up in a range of a gradient's rows: in the gradient itself, or in memory of their own."""
+
+    def __init__(self, grad: Tensor | None, most_rows: int, dtype: torch.dtype, *, in_place: bool) -> None:
+        self.grad = grad
+        self.own = None
+        if grad is not None and not in_place:
+            self.own = torch.empty(most_rows, *grad.shape[1:], dtype=dtype, device=grad.device)
+
+    def part(self, rows: slice, of: slice) -> Tensor:
+        """Where the sum of some rows is, while the range is ``of``."""
+        assert self.grad is not None
+        return self.grad[rows] if self.own is None else self.own[rows.start - of.start : rows.stop - of.start]
+
+    def add(self, rows: slice, of: slice, a: Tensor, b: Tensor, *, first: bool) -> None:
+        if self.grad is not None:
+            _matmul_into(self.part(rows, of), a, b, accumulate=not first)
+
+    def finish(self, rows: slice, unscale: Tensor | None, *, accumulate: bool = False) -> None:
+        """Round the sum into the gradient, or add it, undoing the scale."""
+        if self.grad is None or self.own is None:
+            return
+        total = self.part(rows, rows)
+        if unscale is not None:
+            total *= unscale
+        self.grad[rows].add_(total) if accumulate else self.grad[rows].copy_(total)
+
+
+def _write_kept_rows(kept: KeptDlogits, head: Operands, buffers: GradBuffers, dbias_sum: Tensor | None) -> None:
+    """Gradients of the rows that are kept, and dhidden if these are all."""
+    hidden, weight, *_ = head
+    dhidden, dweight, _, accumulate_dweight, dhidden_ready = buffers
+    num_kept = kept.values.shape[1]
+    tokens = slice(0, hidden.shape[0])
+    dhidden_here = dhidden if num_kept == weight.shape[0] else None
+    if dhidden_here is not None and dhidden_ready is not None:
+        _write_kept_dhidden(kept, tokens, weight, dhidden_here)
+        dhidden_ready()
+    if dweight is not None:
+        # Unless it is on its way, dhidden's memory can hold the scaled hidden states before it is written.
+        lent = dhidden is not None and dhidden.dtype == hidden.dtype and (dhidden_ready is None or dhidden_here is None)
+        scaled = (
+            dhidden if dhidden is not None and lent else torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        )
+        kept.scale_rows(hidden, kept.scale, scaled)
+        _matmul_into(dweight[:num_kept], kept.values.t(), scaled, accumulate=accumulate_dweight)
+    if dbias_sum is not None:
+        dbias_sum[:num_kept] = _weighted_sums(kept.values.t(), kept.scale)
+    if dhidden_ready is None:
+        _write_kept_dhidden(kept, tokens, weight, dhidden_here)
+
+
+def _write_kept_dhidden(kept: KeptDlogits | None, tokens: slice, weight: Tensor, out: Tensor | None) -> None:
+    if kept is None or out is None:
+        return
+    _matmul_into(out, kept.values[tokens], weight[: kept.values.shape[1]], accumulate=False)
+    kept.scale_rows(out, kept.scale[tokens], out)
 
 
 def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,14 +339,13 @@ def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / unscale, unscale
 
 
-def _finish(out: Tensor | None, total: Tensor | None, unscale: Tensor | None, *, accumulate: bool = False) -> None:
-    """Round a finished sum into ``out``, or add it, undoing the scale; nothing is left if ``out`` took the sum."""
-    if out is None or total is None:
-        return
-    if unscale is not None:
-        total *= unscale
-    if total is not out:
-        out.add_(total) if accumulate else out.copy_(total)
+def _weighted_sums(values: Tensor, scale: Tensor) -> Tensor:
+    """``values @ scale`` ``[N]`` in fp32, with the scale as a sum of two numbers of the values' dtype."""
+    high = scale.to(values.dtype)
+    low = (scale - high).to(values.dtype)
+    sums = torch.empty(values.shape[0], 2, dtype=scale.dtype, device=scale.device)
+    _matmul_into(sums, values, torch.stack((high, low), dim=1), accumulate=False)
+    return sums.sum(dim=1)
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -23,6 +25,11 @@ KERNELS = {
     "partial_stats_kernel",
     "merge_partials_kernel",
     "target_logit_kernel",
+    "token_loss_kernel",
+    "token_loss_grads_kernel",
+    "kept_scale_kernel",
+    "rewrite_rows_kernel",
+    "scale_rows_kernel",
     "dlogits_kernel",
     "target_dlogits_kernel",
     "add_repeated_kernel",
@@ -33,6 +40,8 @@ KERNELS = {
     "divergence_dlogits_kernel",
 }
 TYPES = {"target_row_ptr": "*i64", "argmax_ptr": "*i64", "partial_argmax_ptr": "*i32", "top_row_ptr": "*i64"}
+# All that the loss without options has of its kernels' optional pointers.
+PLAIN = {"partial_max", "partial_sum_exp", "max", "level", "dlogits"}
 TYPES |= {"inner": "fp32", "outer": "fp32"}
 # A row's maximum times −log2(e), fused into the difference from a logit's product that was rounded on its own.
 ROW_FUSED = r"fma\.rn\.f32\s+%\w+, %\w+, 0fBFB8AA3B, %"
@@ -51,6 +60,7 @@ class Compiler:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
 
         signature = {
             name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
@@ -62,15 +72,16 @@ class Compiler:
             for i, (name, kind) in enumerate(signature.items())
             if kind.startswith("*") or ("stride_" in name and name not in constants)
         }
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constants, divisible), target=GPUTarget(*TARGETS[self.arch]), options=options
-        )
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
+        target = GPUTarget(*TARGETS[self.arch])
+        compiled = triton.compile(source(kernel, signature, constants, divisible), target=target, options=options)
         self.report.append(
             {
                 "kernel": kernel.__name__,
                 "about": about,
                 "binary": next((kind for kind in ("cubin", "hsaco") if kind in compiled.asm), None),
                 "wgmma": "wgmma" in str(compiled.asm.get("ptx", "")),
+                "serialized": _is_serialized(compiled.asm["cubin"]) if self.arch == "sm_90" else False,
                 "rows_fused": re.search(ROW_FUSED, str(compiled.asm.get("ptx", ""))) is not None,
             }
         )
@@ -80,7 +91,7 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
     """Each kernel in variants that cover what a launch on ``arch`` may choose."""
     import torch
 
-    from vocab_parallel_fused.kernels import backward, forward, selection
+    from vocab_parallel_fused.kernels import backward, forward, kept, selection, tokens
     from vocab_parallel_fused.kernels.configs import has_tensor_descriptors
 
     compiler = Compiler(arch)
@@ -89,7 +100,7 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         cases = {(usual, "identity"), (usual, "softcap"), (usual, "scale"), (False, "softcap")}
         for descriptors, transform in sorted(cases):
             compile_tiles(compiler, dtype, descriptors, transform)
-        terms = ("class_weight", "slope", "grad_logit_sum")
+        terms = ("class_weight", "slope", "grad_logit_sum", "scale")
         for transform, present in (("identity", ()), ("softcap", terms)):
             constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | _absent(terms, present)
             types = TYPES | {"dlogits_ptr": _element(dtype, pointer=True)}
@@ -100,6 +111,16 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         for prefix in ("", "partial_"):
             constants |= _absent([prefix + name for name in merged], [prefix + name for name in present])
         compiler.build(forward.merge_partials_kernel, TYPES, constants, {}, f"{first=}")
+    token_types = TYPES | {"target_ptr": "*i64", "owned_once_ptr": "*i32"}
+    loss_launch = dict(tokens._LOSS_LAUNCH)
+    options = {"num_warps": loss_launch.pop("num_warps")}
+    for absent in ("loss_ptr", "total_ptr"):
+        constants = loss_launch | {"MEAN": absent == "loss_ptr", absent: None}
+        compiler.build(tokens.token_loss_kernel, token_types, constants, options, "")
+    compiler.build(tokens.token_loss_grads_kernel, token_types, tokens._GRADS_LAUNCH, {}, "")
+    for transform in ("identity", "softcap"):
+        constants = kept._SCALE_LAUNCH | {"TRANSFORM": transform}
+        compiler.build(kept.kept_scale_kernel, TYPES | {"exps_ptr": "*bf16"}, constants, {}, transform)
     compiler.build(backward.add_repeated_kernel, TYPES, backward._TARGET_LAUNCH, {}, "")
     constants = {"BLOCK_V": selection._LARGEST_BLOCK, "BLOCK_K": 128}
     compiler.build(selection.keep_top_k_kernel, TYPES, constants, selection._KEEP_LAUNCH, "")
@@ -111,12 +132,13 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
     import torch
 
     from vocab_parallel_fused.divergence import Divergence
-    from vocab_parallel_fused.kernels import backward, divergence, forward, selection
+    from vocab_parallel_fused.kernels import backward, divergence, forward, kept, selection
     from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 
     has_bias = transform != "identity"
-    # fp32 with tf32 products where there is a bias, without them where there is none.
-    precision = "tf32" if dtype == torch.float32 and has_bias and not compiler.arch.startswith("gfx") else "ieee"
+    precision = "ieee"
+    if dtype == torch.float32 and not compiler.arch.startswith("gfx"):
+        precision = "tf32" if has_bias else "tf32x3"
     about = f"{dtype} {descriptors=} {transform=}"
     pointer = _element(dtype, pointer=True)
     own_constants = {"TRANSFORM": transform, "USE_DESCRIPTORS": descriptors, "stride_hidden_h": 1, "stride_weight_h": 1}
@@ -137,14 +159,30 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
         return kwargs | {"PRECISION": precision}, options
 
-    tile = tile_config(compiler.arch, dtype)
+    usual = tile_config(compiler.arch, dtype, 8192)
+    for num_tokens in (1, 64) if transform == "identity" else ():
+        tile = tile_config(compiler.arch, dtype, num_tokens)
+        if tile == usual:
+            continue
+        for kernel in (forward.partial_stats_kernel, backward.dlogits_kernel):
+            constants, options = launch(tile)
+            names = [name.removesuffix("_ptr") for name in kernel.arg_names if name.endswith("_ptr")]
+            constants |= own_constants | _absent(names, PLAIN)
+            types = TYPES | own_types(tile) | {"dlogits_ptr": pointer}
+            compiler.build(kernel, types, constants, options, f"{about} {num_tokens=}")
+    tile = usual
     constants, options = launch(tile)
     constants |= own_constants
-    types = TYPES | own_types(tile) | {"dlogits_ptr": pointer}
+    types = TYPES | own_types(tile) | {"dlogits_ptr": pointer, "exps_ptr": pointer}
     for kernel, terms in (
         (
             forward.partial_stats_kernel,
-            [("partial_class_sum", "partial_logit_sum"), ("partial_sum_exp_logit",), ("partial_argmax",)],
+            [
+                ("partial_class_sum", "partial_logit_sum"),
+                ("partial_sum_exp_logit",),
+                ("partial_argmax",),
+                ("reference", "exps"),
+            ],
         ),
         (backward.dlogits_kernel, [("slope",), ("grad_logit_sum",)]),
     ):
@@ -156,10 +194,19 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
             compiler.build(kernel, types, constants | _absent(everything, present), options, f"{about} {present}")
 
     gathered = types | {"hidden_ptr": pointer, "weight_ptr": pointer}
-    target_constants = {"BLOCK_H": 2 * tile.block_h, **forward._TARGET_LAUNCH, "PRECISION": precision} | own_constants
+    target_constants = {"PRECISION": precision, **forward.target_launch(compiler.arch, tile)} | own_constants
     stages = {"num_stages": target_constants.pop("num_stages")}
     del target_constants["USE_DESCRIPTORS"]
     compiler.build(forward.target_logit_kernel, gathered, target_constants, stages, about)
+    if dtype != torch.float16:
+        small, small_options = launch(kept._REWRITE_TILE)
+        small_types = TYPES | own_types(kept._REWRITE_TILE) | {"dlogits_ptr": pointer}
+        compiler.build(kept.rewrite_rows_kernel, small_types, small | own_constants, small_options, about)
+        if transform == "identity":
+            row_types = {"matrix_ptr": pointer, "out_ptr": pointer}
+            compiler.build(kept.scale_rows_kernel, row_types, kept._ROWS_LAUNCH, {}, f"rows, {about}")
+    if compiler.arch == "sm_90" and dtype != torch.float32 and descriptors:
+        compile_for_hopper(compiler, dtype, transform, has_bias=has_bias)
     if transform == "scale":
         compiler.build(selection.logits_kernel, types | {"logits_ptr": "*fp32"}, constants, options, about)
         return
@@ -180,8 +227,51 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
             compiler.build(divergence.divergence_dlogits_kernel, types, dlogits, options, f"{about} {name}")
 
 
+def compile_for_hopper(compiler: Compiler, dtype: Any, transform: str, *, has_bias: bool) -> None:
+    import torch
+
+    from vocab_parallel_fused.kernels import hopper
+
+    pointers = {name for name in hopper.tiles_kernel.arg_names if name.endswith("_ptr")}
+    stats = {"partial_max_ptr", "partial_sum_exp_ptr"}
+    dlogits = {"max_ptr", "level_ptr", "out"}
+    element, launch = _element(dtype), dict(hopper._LAUNCH)
+    options = {"num_warps": launch.pop("num_warps")}
+    for present in (
+        stats,
+        stats | {"partial_sum_exp_logit_ptr"},
+        stats | {"reference_ptr", "out"},
+        dlogits,
+        dlogits | {"slope_ptr"},
+    )[: None if dtype == torch.bfloat16 else 1]:
+        absent = (pointers | {"out"}) - present - ({"bias_ptr"} if has_bias else set())
+        boxes = {"hidden": (hopper.BLOCK_T // 2, launch["BLOCK_H"]), "weight": (hopper.BLOCK_V, launch["BLOCK_H"])}
+        boxes["out"] = (hopper.BLOCK_T // 2, hopper.STORE_V)
+        types = {
+            name: f"tensordesc<{element}[{rows}, {columns}],{hopper._swizzled(columns)!r}>"
+            for name, (rows, columns) in boxes.items()
+        }
+        types |= {"bias_ptr": f"*{element}", "inner": "fp32", "outer": "fp32"}
+        constants = launch | {"TRANSFORM": transform, **dict.fromkeys(absent)}
+        compiler.build(hopper.tiles_kernel, types, constants, options, f"{dtype} descriptors {transform=} {present}")
+
+
 def _element(dtype: Any, *, pointer: bool = False) -> str:
     return ("*" if pointer else "") + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype)[6:]]
+
+
+def _is_serialized(cubin: bytes) -> bool:
+    """Whether a product waits for the one before it: the assembler does that, by a third slower, where it cannot follow
+    an accumulator."""
+    import triton
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    products = re.findall(r"\bHGMMA\.[^;]*;", text)
+    return bool(products) and all("gsb0" in product for product in products)
 
 
 def _absent(names: Any, present: Any) -> dict[str, None]:
@@ -207,7 +297,7 @@ def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> 
     stdout, stderr = compilations[arch].communicate()
     assert compilations[arch].returncode == 0, stderr[-3000:]
     report = json.loads(stdout)
-    assert {row["kernel"] for row in report} == KERNELS
+    assert {row["kernel"] for row in report} == KERNELS | ({"tiles_kernel"} if arch == "sm_90" else set())
     assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
     # exp(z − max) of the largest logit must be exactly 1; where the compiler fuses the other of the two products, it is
     # off by the rounding of z · log2(e), 1e-5 at logits of 100.
@@ -215,8 +305,10 @@ def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> 
     if arch == "sm_90":
         # 16-bit products must run on Hopper's own matrix instructions.
         sixteen_bit = [row for row in report if row["about"].startswith(("torch.bfloat16 d", "torch.float16 d"))]
-        assert sixteen_bit
-        assert all(row["wgmma"] for row in sixteen_bit)
+        large = [row for row in sixteen_bit if "num_tokens=1" not in row["about"]]
+        assert large
+        assert all(row["wgmma"] for row in large)
+        assert not any(row["serialized"] for row in sixteen_bit)
 
 
 if __name__ == "__main__":

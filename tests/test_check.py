@@ -31,14 +31,15 @@ def test_passes(ranks: int) -> None:
 
 
 def test_fails_when_a_kernel_is_wrong(tmp_path: Path) -> None:
-    """A forward that forgets the last row of every shard."""
+    """A forward whose sums of exponentials are off by a thousandth."""
     (tmp_path / "broken.py").write_text(
         "import sys, runpy\n"
         "sys.argv = sys.argv[1:]\n"
         "from vocab_parallel_fused.kernels import eager\n"
         "whole = eager.local_stats\n"
-        "def broken(head, *others):\n"
-        "    return whole(head._replace(weight=head.weight[:-1], bias=head.bias[:-1]), *others)\n"
+        "def broken(*arguments):\n"
+        "    stats, cache = whole(*arguments)\n"
+        "    return stats._replace(sum_exp=1.001 * stats.sum_exp), cache\n"
         "eager.local_stats = broken\n"
         "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"

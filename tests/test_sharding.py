@@ -23,12 +23,14 @@ def test_rows(shard: VocabShard, num_rows: int, num_valid_rows: int) -> None:
     assert (shard.num_rows, shard.num_valid_rows) == (num_rows, num_valid_rows)
 
 
-def test_local_rows() -> None:
-    """A neighbour's first id and a padding row look like the next column of a tile: they are −1, which is no column."""
+@pytest.mark.parametrize("shard", [VocabShard(4, 12, 10), VocabShard(0, 4, 10), VocabShard(4, 4, 10)])
+def test_local_rows(shard: VocabShard) -> None:
+    """Only ids that the shard holds become numbers of its rows: no neighbour's id and no padding row does."""
     ids = torch.tensor([-100, -1, 0, 3, 4, 9, 10, 11, 2**40])
-    assert VocabShard(4, 12, 10).local_rows(ids).tolist() == [-1, -1, -1, -1, 0, 5, -1, -1, -1]
-    assert VocabShard(0, 4, 10).local_rows(ids).tolist() == [-1, -1, 0, 3, -1, -1, -1, -1, -1]
-    assert VocabShard(4, 4, 10).local_rows(ids).tolist() == [-1] * 9
+    row = shard.local_rows(ids)
+    held = [shard.start <= i < min(shard.stop, shard.vocab_size) for i in ids.tolist()]
+    assert ((row >= 0) & (row < shard.num_valid_rows)).tolist() == held
+    assert row[held].tolist() == [i - shard.start for i, own in zip(ids.tolist(), held, strict=True) if own]
 
 
 def even_shard(group: ProcessGroup, vocab_size: int) -> VocabShard:

@@ -90,15 +90,23 @@ def resolve_head(
         workspace_bytes = _WORKSPACE_BYTES_CPU if hidden.device.type == "cpu" else _WORKSPACE_BYTES_ACCELERATOR
     main_grad = _main_grad(linear_weight) if options.accumulate_main_grad else None
     plan = Plan(
-        shard, process_group, sequence_parallel, transform, kernels, workspace_bytes, options.combine, main_grad
+        shard,
+        process_group,
+        sequence_parallel,
+        transform,
+        kernels,
+        workspace_bytes,
+        options.exp_cache_bytes,
+        options.combine,
+        main_grad,
     )
     tokens = hidden.reshape(-1, hidden.shape[-1])
     bias = None if linear_bias is None else linear_bias.contiguous()
     return Head(tokens, weight, bias, plan, tuple(hidden.shape))
 
 
-def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bool = False) -> tuple[Tensor, Tensor]:
-    """Targets ``[T, K]`` and which of them are not ignored; ``K`` is 1, or with ``several`` may be a last dimension."""
+def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bool = False) -> Tensor:
+    """Targets ``[T, K]``; ``K`` is 1, or with ``several`` may be a last dimension."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     check_tensor("target", target, head.hidden)
@@ -113,9 +121,8 @@ def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bo
             f"got {tuple(target.shape)}"
         )
     target = target.reshape(math.prod(head.token_shape), 1 if one_each else target.shape[-1]).contiguous()
-    valid = target != ignore_index
-    check_target_range(target, valid, head.plan.shard.vocab_size)
-    return target, valid
+    check_target_range(target, ignore_index, head.plan.shard.vocab_size)
+    return target
 
 
 def resolve_teacher(
@@ -247,10 +254,10 @@ def _main_grad(linear_weight: Tensor) -> Tensor:
     return main_grad
 
 
-def check_target_range(target: Tensor, valid: Tensor, vocab_size: int) -> None:
+def check_target_range(target: Tensor, ignore_index: int, vocab_size: int) -> None:
     """On the CPU, reject ids outside the vocabulary before any communication. Elsewhere `check_owners` asserts."""
     if target.device.type == "cpu":
-        outside = valid & ((target < 0) | (target >= vocab_size))
+        outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
         if outside.any():
             position = int(outside.flatten().nonzero()[0])
             raise ValueError(
@@ -274,14 +281,19 @@ def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
         )
 
 
-def check_owners(owners: Tensor, target: Tensor, valid: Tensor) -> None:
-    """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary."""
-    good = torch.where(valid, owners == 1, True)
+def check_owners(owners: Tensor, target: Tensor, ignore_index: int, owned_once: Tensor | None = None) -> None:
+    """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary.
+
+    ``owned_once`` says whether they did, if that is known already; on the CPU it takes more to say which did not.
+    """
     if target.device.type != "cpu":
+        if owned_once is None:
+            owned_once = ((owners == 1) | (target == ignore_index)).all()
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            good.all(), "a target is not in [0, vocab_size), or the shards do not cover it exactly once"
+            owned_once, "a target is not in [0, vocab_size), or the shards do not cover it exactly once"
         )
         return
+    good = (owners == 1) | (target == ignore_index)
     if not good.all():
         position = int((~good).flatten().nonzero()[0])
         raise ValueError(

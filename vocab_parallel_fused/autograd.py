@@ -20,7 +20,7 @@ Any loss is ordinary PyTorch on the statistics; what comes back is one upstream 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +37,17 @@ from vocab_parallel_fused.collectives import (
 )
 from vocab_parallel_fused.dispatch import Kernels
 from vocab_parallel_fused.divergence import Divergence, kl_divergence
+from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels.sweep import GradBuffers
 from vocab_parallel_fused.sharding import VocabShard
-from vocab_parallel_fused.stats import TokenStats, Wanted, dlogits_coefficients, whole_stats
+from vocab_parallel_fused.stats import (
+    DlogitsCoefficients,
+    PartStats,
+    TokenStats,
+    Wanted,
+    dlogits_coefficients,
+    whole_stats,
+)
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
 
@@ -53,6 +61,7 @@ class Plan:
     transform: LogitTransform
     kernels: Kernels
     workspace_bytes: int
+    exp_cache_bytes: int
     combine: str
     main_grad: Tensor | None  # [V_local, H] fp32, takes dweight instead of the weight's grad
 
@@ -65,6 +74,37 @@ class Plan:
         return Operands(hidden, weight[:rows], None if bias is None else bias[:rows], self.transform)
 
 
+class _WholeStats(NamedTuple):
+    """What the forward finds, and the backward starts from."""
+
+    whole: PartStats
+    num_classes: Tensor | None
+    target_row: Tensor  # [T, K] rows of this shard, or numbers that are none
+    target_logit: Tensor  # [T, K] of this shard
+    cache: ExpCache | None
+
+
+def _whole_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    wanted: Wanted,
+    exp_cache_bytes: int,
+    plan: Plan,
+) -> _WholeStats:
+    shard = plan.shard
+    target_row = shard.local_rows(target)
+    with _local_steps(hidden):
+        head = plan.operands(plan.gather_hidden(hidden), weight, bias)
+        local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes)
+    if local.argmax is not None:
+        local = local._replace(argmax=local.argmax + shard.start)
+    whole, num_classes = gather_stats(local, shard.num_valid_rows, plan.group, plan.combine)
+    return _WholeStats(whole, num_classes, target_row, local.target_logit, cache)
+
+
 class _TokenStatsFunction(Function):
     @staticmethod
     def forward(
@@ -75,33 +115,19 @@ class _TokenStatsFunction(Function):
         target: Tensor,
         class_weight: Tensor | None,
         wanted: Wanted,
+        exp_cache_bytes: int,
         plan: Plan,
         anchor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
-        shard = plan.shard
-        rows = shard.num_valid_rows
-        target_row = shard.local_rows(target)
-        with _local_steps(hidden):
-            head = plan.operands(plan.gather_hidden(hidden), weight, bias)
-            local = plan.kernels.local_stats(head, target_row, class_weight, wanted)
-        if local.argmax is not None:
-            local = local._replace(argmax=local.argmax + shard.start)
-        whole, num_classes = gather_stats(local, rows, plan.group, plan.combine)
+        whole, num_classes, target_row, target_logit, cache = _whole_stats(
+            hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
+        )
         stats = whole_stats(whole)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            target_row,
-            class_weight,
-            local.target_logit,
-            whole.max_logit,
-            whole.sum_exp,
-            whole.sum_exp_logit,
-        )
+        of_whole = (whole.max_logit, whole.sum_exp, whole.sum_exp_logit)
+        ctx.save_for_backward(hidden, weight, bias, target_row, target_logit, class_weight, *of_whole, *(cache or ()))
         ctx.mark_non_differentiable(
             *(t for t in (stats.max_logit, stats.argmax, whole.owners, num_classes) if t is not None)
         )
@@ -117,22 +143,79 @@ class _TokenStatsFunction(Function):
         grad_expected_logit: Tensor | None,
         *_grads: None,
     ) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        hidden, weight, bias, target_row, class_weight, target_logit, max_logit, sum_exp, sum_exp_logit = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, target_row, target_logit, class_weight, *of_whole = ctx.saved_tensors
+        max_logit, sum_exp, sum_exp_logit, *kept = of_whole
         if grad_target_logit is None:
             grad_target_logit = torch.zeros_like(target_logit)
         coefficients = dlogits_coefficients(
             sum_exp, sum_exp_logit, grad_lse, grad_target_logit, grad_logit_sum, grad_expected_logit
         )
+        local_grads = _local_grads(ctx.plan, target_row, target_logit, class_weight, max_logit, coefficients, kept)
+        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, ctx.plan, local_grads), *[None] * 6
 
-        def local_grads(head: Operands, buffers: GradBuffers) -> None:
-            plan.kernels.local_grads(
-                head, target_row, target_logit, class_weight, max_logit, coefficients, buffers, plan.workspace_bytes
-            )
 
-        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, plan, local_grads), *[None] * 5
+class _CrossEntropyFunction(Function):
+    """The loss without options, whose own steps on ``[T]`` are part of the implementation too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        reduction: str,
+        exp_cache_bytes: int,
+        plan: Plan,
+        anchor: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        del anchor  # see token_stats
+        whole, num_classes, target_row, target_logit, cache = _whole_stats(
+            hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
+        )
+        with _local_steps(hidden):
+            loss, num_valid, owned_once = plan.kernels.token_loss(whole, target, ignore_index, reduction)
+        ctx.plan, ctx.ignore_index = plan, ignore_index
+        ctx.set_materialize_grads(False)
+        divisor = num_valid if reduction == "mean" else None
+        of_whole = (whole.max_logit, whole.sum_exp)
+        ctx.save_for_backward(
+            hidden, weight, bias, target_row, target_logit, *of_whole, target, divisor, *(cache or ())
+        )
+        ctx.mark_non_differentiable(*(t for t in (whole.owners, owned_once, num_classes) if t is not None))
+        return loss, whole.owners, owned_once, num_classes
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor | None, *_grads: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target_row, target_logit, max_logit, sum_exp, target, divisor, *kept = ctx.saved_tensors
+        if grad is None:
+            grad = sum_exp.new_zeros(())
+        with _local_steps(hidden):
+            coefficients = ctx.plan.kernels.token_loss_grads(grad, sum_exp, target, divisor, ctx.ignore_index)
+        local_grads = _local_grads(ctx.plan, target_row, target_logit, None, max_logit, coefficients, kept)
+        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, ctx.plan, local_grads), *[None] * 6
+
+
+def _local_grads(
+    plan: Plan,
+    target_row: Tensor,
+    target_logit: Tensor,
+    class_weight: Tensor | None,
+    max_logit: Tensor,
+    coefficients: DlogitsCoefficients,
+    kept: Sequence[Tensor],
+) -> Callable[[Operands, GradBuffers], None]:
+    """The step of the backward that computes, of all that it needs but the operands and the buffers."""
+    cache = ExpCache(*kept) if kept else None
+
+    def local_grads(head: Operands, buffers: GradBuffers) -> None:
+        of_tokens = (target_row, target_logit, class_weight, max_logit, coefficients, cache)
+        plan.kernels.local_grads(head, *of_tokens, buffers, plan.workspace_bytes)
+
+    return local_grads
 
 
 class _DivergenceFunction(Function):
@@ -207,8 +290,9 @@ def _head_grads(
         # `once_differentiable` would return gradients that look constant, so a gradient penalty would vanish.
         raise RuntimeError("a fused loss has no second derivative: call its backward without create_graph")
     needs_hidden, needs_weight, needs_bias, *_ = needs_input_grad
+    several_ranks = rank_and_size(plan.group)[1] > 1
     # Other ranks wait for this rank's share even if the hidden states are frozen here.
-    needs_dhidden = needs_hidden or rank_and_size(plan.group)[1] > 1
+    needs_dhidden = needs_hidden or several_ranks
     rows = plan.shard.num_valid_rows
     full_hidden = plan.gather_hidden(hidden)
     dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_dhidden else None
@@ -216,16 +300,23 @@ def _head_grads(
     if needs_weight:
         dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
     dbias = _empty_grad(bias, rows) if needs_bias and bias is not None else None
+    reductions = []
+
+    def reduce_dhidden() -> None:
+        assert dhidden is not None
+        reductions.append(reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel))
+
     buffers = GradBuffers(
         dhidden,
         None if dweight is None else dweight[:rows],
         None if dbias is None else dbias[:rows],
         accumulate_dweight=plan.main_grad is not None,
+        dhidden_ready=reduce_dhidden if several_ranks else None,
     )
     with _local_steps(hidden):
         local_grads(plan.operands(full_hidden, weight, bias), buffers)
-    if dhidden is not None:
-        dhidden = reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel)
+    for finish in reductions:
+        dhidden = finish()
     return dhidden if needs_hidden else None, dweight if plan.main_grad is None else None, dbias
 
 
@@ -259,10 +350,28 @@ def token_stats(
     With more than one rank, the result requires a gradient whenever gradients are enabled, even if nothing here does:
     a rank with frozen inputs must still take part in the backward's collectives, which the other ranks enter.
     """
+    exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
     *stats, owners, num_classes = _TokenStatsFunction.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, weight, bias, target, class_weight, wanted, plan, _anchor(hidden, plan)
+        hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan, _anchor(hidden, plan)
     )
     return TokenStats(*stats), owners, num_classes
+
+
+@torch.compiler.disable
+def cross_entropy_without_options(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The cross-entropy ``[T]`` or ``[]`` of targets ``[T, 1]``; the owners ``[T, 1]`` of each, whether each that is
+    not ignored has one, and how many classes the ranks hold. The loss requires a gradient as :func:`token_stats` do."""
+    exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
+    inputs = (hidden, weight, bias, target, ignore_index, reduction, exp_cache_bytes, plan, _anchor(hidden, plan))
+    return _CrossEntropyFunction.apply(*inputs)  # pyright: ignore[reportReturnType]
 
 
 @torch.compiler.disable

@@ -6,6 +6,7 @@ classes, ``reduce_sums`` after it for a Jensen–Shannon divergence. Backward: `
 on arguments that are equal on all ranks. Once, when a model is built: ``gather_row_counts``, ``gather_rows``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,23 +149,34 @@ def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def reduce_hidden_grad(dhidden_partial: Tensor, group: ProcessGroup | None, *, sequence_parallel: bool) -> Tensor:
-    """Sum the ranks' partial gradients of the hidden states, once.
+def reduce_hidden_grad(
+    dhidden_partial: Tensor, group: ProcessGroup | None, *, sequence_parallel: bool
+) -> Callable[[], Tensor]:
+    """Begin to sum the ranks' partial gradients of the hidden states, once.
 
     Args:
-        dhidden_partial: ``[T, H]``, this shard's share; may be overwritten.
-        sequence_parallel: return this rank's tokens ``[T / R, H]`` (reduce-scatter) instead of all (all-reduce).
+        dhidden_partial: ``[T, H]``, this shard's share; may be overwritten, so leave it alone.
+        sequence_parallel: give this rank's tokens ``[T / R, H]`` (reduce-scatter) instead of all (all-reduce).
+
+    Returns:
+        What ends it: a function of no arguments that gives the sum. The device, not the host, waits there.
     """
     _, world_size = rank_and_size(group)
     if world_size == 1 or dhidden_partial.numel() == 0:
-        return dhidden_partial
-    if not sequence_parallel:
-        dist.all_reduce(dhidden_partial, group=group)
-        return dhidden_partial
-    tokens, *rest = dhidden_partial.shape
-    dhidden = dhidden_partial.new_empty(tokens // world_size, *rest)
-    _reduce_scatter(dhidden, dhidden_partial, group=group)
-    return dhidden
+        return lambda: dhidden_partial
+    if sequence_parallel:
+        tokens, *rest = dhidden_partial.shape
+        dhidden = dhidden_partial.new_empty(tokens // world_size, *rest)
+        work = _reduce_scatter(dhidden, dhidden_partial, group=group, async_op=True)
+    else:
+        dhidden = dhidden_partial
+        work = dist.all_reduce(dhidden, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+        return dhidden
+
+    return finish
 
 
 def gather_row_counts(linear_weight: Tensor, group: ProcessGroup | None) -> list[int]:

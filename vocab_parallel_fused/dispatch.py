@@ -6,16 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import eager
 from vocab_parallel_fused.options import Impl
-from vocab_parallel_fused.stats import PartStats
+from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, TokenLoss
 
 
 class Kernels(NamedTuple):
-    """The local steps of one implementation. Signatures and shapes: ``kernels/eager.py``."""
+    """The steps of one implementation that no rank needs another for. Signatures and shapes: ``kernels/eager.py``."""
 
-    local_stats: Callable[..., PartStats]
+    local_stats: Callable[..., tuple[PartStats, ExpCache | None]]
     local_grads: Callable[..., None]
+    token_loss: Callable[..., TokenLoss]
+    token_loss_grads: Callable[..., DlogitsCoefficients]
     local_top_k: Callable[..., tuple[Tensor, Tensor]]
     local_joint_stats: Callable[..., PartStats]
     local_js_sums: Callable[..., Tensor]
@@ -35,7 +38,7 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     if input.dtype == torch.float64:
         raise TypeError("input must be float16, bfloat16 or float32 for impl='triton', got torch.float64")
     try:
-        from vocab_parallel_fused.kernels import backward, divergence, forward, selection, tiles
+        from vocab_parallel_fused.kernels import backward, divergence, forward, selection, tiles, tokens
     except ImportError as error:
         raise ImportError(f"impl={impl!r} needs Triton, which cannot be imported here: {error}") from error
     if not on_gpu and not tiles.INTERPRETED:
@@ -46,6 +49,8 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     return Kernels(
         forward.local_stats,
         backward.local_grads,
+        tokens.token_loss,
+        tokens.token_loss_grads,
         selection.local_top_k,
         divergence.local_joint_stats,
         divergence.local_js_sums,

@@ -20,7 +20,12 @@ from vocab_parallel_fused.arguments import (
     resolve_teacher,
     resolve_token_weight,
 )
-from vocab_parallel_fused.autograd import token_divergences, token_stats, top_k_classes
+from vocab_parallel_fused.autograd import (
+    cross_entropy_without_options,
+    token_divergences,
+    token_stats,
+    top_k_classes,
+)
 from vocab_parallel_fused.collectives import Group
 from vocab_parallel_fused.cross_entropy import cross_entropy, reduce_tokens
 from vocab_parallel_fused.divergence import Divergence
@@ -129,14 +134,22 @@ def linear_cross_entropy(
         sequence_parallel=sequence_parallel,
         options=options,
     )
-    labels, valid = resolve_target(target, ignore_index, head)
+    labels = resolve_target(target, ignore_index, head)
     class_weight = resolve_class_weight(weight, head)
     weight_of_tokens = resolve_token_weight(token_weight, head)
-    stats = _token_stats(head, labels, valid, Wanted(logit_sum=label_smoothing > 0), class_weight)
+    if weight is None and token_weight is None and label_smoothing == z_loss_weight == 0:
+        layer = (head.hidden, head.weight, head.bias)
+        loss, owners, owned_once, num_classes = cross_entropy_without_options(
+            *layer, labels, ignore_index, reduction, head.plan
+        )  # pyright: ignore[reportCallIssue]
+        check_shards(num_classes, head.plan.shard)
+        check_owners(owners, labels, ignore_index, owned_once)
+        return loss.view(target.shape) if reduction == "none" else loss
+    stats = _token_stats(head, labels, ignore_index, Wanted(logit_sum=label_smoothing > 0), class_weight)
     loss = cross_entropy(
         stats,
         labels[:, 0],
-        valid[:, 0],
+        labels[:, 0] != ignore_index,
         head.plan.shard.vocab_size,
         class_weight=class_weight,
         token_weight=weight_of_tokens,
@@ -209,14 +222,15 @@ def linear_token_stats(
     head = resolve_head(input, linear_weight, **arguments)
     if target is None:
         labels = head.hidden.new_empty(math.prod(head.token_shape), 0, dtype=torch.int64)
-        valid, labels_shape = labels.bool(), head.token_shape
+        labels_shape = head.token_shape
     else:
-        labels, valid = resolve_target(target, ignore_index, head, several=True)
+        labels = resolve_target(target, ignore_index, head, several=True)
         labels_shape = target.shape
+    valid = labels != ignore_index
     wanted = Wanted(expected_logit="entropy" in names, argmax=not names.isdisjoint({"argmax", "target_is_argmax"}))
     # A target's logit takes a product with its row; to compare its id takes nothing.
     num_logits = 0 if names.isdisjoint({"log_prob", "target_logit"}) else labels.shape[1]
-    stats = _token_stats(head, labels[:, :num_logits], valid[:, :num_logits], wanted)
+    stats = _token_stats(head, labels[:, :num_logits], ignore_index, wanted)
 
     values: dict[str, Tensor | None] = dict.fromkeys(LinearTokenStats._fields)
     if "log_prob" in names:
@@ -270,7 +284,7 @@ def linear_top_k(input: Tensor, linear_weight: Tensor, k: int, **arguments: Unpa
     if not 1 <= k <= largest:
         raise ValueError(f"k must be in [1, {largest}], got {k}")
     index = top_k_classes(head.hidden, head.weight, head.bias, k, head.plan)  # pyright: ignore[reportCallIssue]
-    stats = _token_stats(head, index, torch.ones_like(index, dtype=torch.bool), Wanted())
+    stats = _token_stats(head, index, -1, Wanted())
     # Selected from one product and computed by another, neighbours may have changed places by rounding.
     order = top_k_order(stats.target_logit.detach(), index, k)
     log_prob = (stats.target_logit - stats.lse[:, None]).gather(1, order)
@@ -364,7 +378,7 @@ def _resolve_outputs(outputs: Collection[str] | None, *, has_target: bool) -> se
 
 
 def _token_stats(
-    head: Head, labels: Tensor, valid: Tensor, wanted: Wanted, class_weight: Tensor | None = None
+    head: Head, labels: Tensor, ignore_index: int, wanted: Wanted, class_weight: Tensor | None = None
 ) -> TokenStats:
     """Statistics of all tokens for labels ``[T, K]``; class weights ``[V]`` are those of the wanted ``logit_sum``."""
     shard = head.plan.shard
@@ -373,5 +387,5 @@ def _token_stats(
     inputs = (head.hidden, head.weight, head.bias, labels, class_weight)
     stats, owners, num_classes = token_stats(*inputs, wanted, head.plan)  # pyright: ignore[reportCallIssue]
     check_shards(num_classes, shard)
-    check_owners(owners, labels, valid)
+    check_owners(owners, labels, ignore_index)
     return stats

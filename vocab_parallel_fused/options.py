@@ -28,6 +28,17 @@ class ComputeOptions:
     that fits, at least one kernel tile. ``None``: 128 MiB on an accelerator, where a larger block means fewer passes
     over the fp32 gradient of the hidden states; 4 MiB on the CPU, where it should stay in the cache."""
 
+    exp_cache_bytes: int = 0
+    """Memory in bytes that the forward may keep for a faster backward: exponentials of the logits in the inputs' dtype,
+    ``T · linear_weight.element_size()`` bytes for each of the shard's first rows that fit. The backward of these rows
+    needs no logits: of the four matrix products of forward and backward it leaves out one. 0: nothing of the size of
+    the shard's logits ever exists.
+
+    Exact as without: tokens whose exponentials would leave the range of the dtype are recomputed. Used by Triton's
+    kernels for bfloat16 and float32, unless label smoothing or an entropy is asked for: their gradients need more
+    than exponentials. Each rank may have a budget of its own.
+    """
+
     combine: Combine = "all_gather"
     """How the ranks' statistics become those of the whole vocabulary.
 
@@ -50,5 +61,8 @@ class ComputeOptions:
         size = self.workspace_bytes
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"workspace_bytes must be a positive int or None, got {size!r}")
+        size = self.exp_cache_bytes
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise ValueError(f"exp_cache_bytes must be a non-negative int, got {size!r}")
         if not isinstance(self.accumulate_main_grad, bool):
             raise ValueError(f"accumulate_main_grad must be a bool, got {self.accumulate_main_grad!r}")

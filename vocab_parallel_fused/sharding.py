@@ -55,9 +55,9 @@ class VocabShard:
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
     def local_rows(self, target: Tensor) -> Tensor:
-        """Map global class ids to row numbers of this shard, −1 for ids that it does not hold."""
-        row = target - self.start
-        return row.where(row == row.clamp(0, self.num_valid_rows - 1), -1)
+        """Map global class ids to row numbers of this shard; ids that it does not hold to numbers that are no row of
+        it, which are below 0 or from ``num_valid_rows`` on."""
+        return target - self.start if self.start else target
 
     @classmethod
     def even(cls, vocab_size: int, group: Group) -> VocabShard:

@@ -84,6 +84,19 @@ class TokenStats(NamedTuple):
     """[T] int64, no gradient; −1 where the logits hold a NaN or +∞."""
 
 
+class TokenLoss(NamedTuple):
+    """The plain cross-entropy, and what else is read off its tokens."""
+
+    loss: Tensor
+    """[T], or [] reduced; 0 for tokens that are ignored."""
+
+    num_valid: Tensor
+    """[] how many tokens are not ignored, in the dtype of the loss; 1 if none is, so that it can divide."""
+
+    owned_once: Tensor
+    """[] whether each of their targets has exactly one owner."""
+
+
 class DlogitsCoefficients(NamedTuple):
     """All that a loss needs to say about the gradient of its logits: a few numbers per token.
 
@@ -100,6 +113,10 @@ class DlogitsCoefficients(NamedTuple):
         """The coefficients of ``factor`` times the gradient."""
         return self._make(None if field is None else field * factor for field in self)
 
+    def of(self, tokens: slice) -> DlogitsCoefficients:
+        """Those of some tokens."""
+        return self._make(None if field is None else field[tokens] for field in self)
+
     def bound(self, class_weight: Tensor | None) -> Tensor:
         """[T] a bound of every ``|dz_j|``, since ``exp(u) <= 1`` and ``exp(u) |u| < 1`` for ``u <= 0``."""
         bound = self.level.abs() + self.grad_target_logit.abs().sum(dim=1)
@@ -112,13 +129,13 @@ class DlogitsCoefficients(NamedTuple):
 
 
 def empty_stats(target_row: Tensor, dtype: torch.dtype, wanted: Wanted) -> PartStats:
-    """Statistics of no class at all, which any part merges into; ``target_row`` ``[T, K]``: −1 where not held."""
+    """Statistics of no class at all, which any part merges into; ``target_row`` is ``[T, K]``."""
     zero = torch.zeros(target_row.shape[0], dtype=dtype, device=target_row.device)
     return PartStats(
         max_logit=torch.full_like(zero, -torch.inf),
         sum_exp=zero,
         target_logit=torch.zeros_like(target_row, dtype=dtype),
-        owners=(target_row >= 0).to(dtype),
+        owners=torch.zeros_like(target_row, dtype=dtype),
         class_sum=zero.clone() if wanted.logit_sum else None,
         logit_sum=zero.clone() if wanted.logit_sum else None,
         sum_exp_logit=zero.clone() if wanted.expected_logit else None,
@@ -185,7 +202,8 @@ def whole_stats(whole: PartStats) -> TokenStats:
     return TokenStats(
         whole.max_logit,
         whole.sum_exp.log(),
-        whole.target_logit - whole.max_logit[:, None],
+        # Another order of products may round a target above the largest logit, but no log-probability is positive.
+        (whole.target_logit - whole.max_logit[:, None]).clamp_(max=0),
         whole.logit_sum,
         None if sum_exp_logit is None else sum_exp_logit / whole.sum_exp,
         None if argmax is None else argmax.masked_fill(whole.sum_exp.isnan(), -1),

@@ -288,7 +288,13 @@ class Check(NamedTuple):
 
 
 def check_error_budget(
-    actual: Results, same_dtype: Results, reference: Results, *, ranks: int = 1, logit_units: float = 0.0
+    actual: Results,
+    same_dtype: Results,
+    reference: Results,
+    *,
+    ranks: int = 1,
+    logit_units: float = 0.0,
+    kept: bool = False,
 ) -> list[Check]:
     """Hold every result to the error that plain PyTorch of the same dtype has against float64.
 
@@ -306,6 +312,8 @@ def check_error_budget(
         ranks: over how many ranks the hidden states' gradient was summed.
         logit_units: by how many further units of fp32 a loss allows its gradients to be off: where it is made of
             logits in full, their rounding.
+        kept: with exponentials kept from the forward. Their scale is a factor of the hidden states before the one
+            product, and of the result of the other: either is rounded once more.
     """
     checks = []
     for name, value, same, exact in zip(Results._fields, actual, same_dtype, reference, strict=True):
@@ -317,17 +325,19 @@ def check_error_budget(
             budget = 2 * max_error(same, exact) + 16 * eps
         else:
             hardware = 0.0 if value.dtype == torch.float64 else (6 + logit_units) * torch.finfo(torch.float32).eps
-            roundings = 1 + ranks if name == "dhidden" else 2
+            roundings = (1 + ranks if name == "dhidden" else 2) + kept
             budget = roundings * max(max_error(same, exact), eps / 2) + hardware
         checks.append(Check(name, max_error(value, exact), budget))
     return checks
 
 
-def assert_within_error_budget(actual: Results, same_dtype: Results, reference: Results, *, ranks: int = 1) -> None:
+def assert_within_error_budget(
+    actual: Results, same_dtype: Results, reference: Results, *, ranks: int = 1, kept: bool = False
+) -> None:
     """Assert what :func:`check_error_budget` finds, and that shapes agree."""
     for value, exact in zip(actual, reference, strict=True):
         assert value is None or exact is None or value.shape == exact.shape, (value.shape, exact.shape)
-    for check in check_error_budget(actual, same_dtype, reference, ranks=ranks):
+    for check in check_error_budget(actual, same_dtype, reference, ranks=ranks, kept=kept):
         assert check.passed, f"{check.name}: error {check.error:.2e} above its budget {check.budget:.2e}"
 
 

@@ -218,7 +218,7 @@ class VQLinearCrossEntropy(nn.Module):
             got = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(f"target must be a tensor of int64 class ids, got {got}")
         valid = target != self.ignore_index
-        check_target_range(target.flatten(), valid.flatten(), self.vocab_size)
+        check_target_range(target.flatten(), self.ignore_index, self.vocab_size)
         row = target.clamp(0, self.vocab_size - 1)
         code = self.token_to_code[row]
         # Where reading the targets would stall the device, an id outside the vocabulary becomes a code outside the
