@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy, linear_token_stats
 from vocab_parallel_fused import autograd as vpf_autograd
@@ -290,6 +291,34 @@ def test_messages_are_few() -> None:
     )
     assert run_on_ranks(count_collectives, 2, False, "all_reduce") == [(["all_reduce"] * 2, ["all_reduce"])] * 2
     assert run_on_ranks(count_collectives, 1, True, "all_gather") == [([], [])]
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_a_gather(group: ProcessGroup, combine: Combine) -> set[str]:
+    local = PartStats(*torch.rand(2, 6), *torch.rand(2, 6, 1))
+    with Operations() as operations:
+        vpf_collectives.gather_stats(local, 7, group, combine)
+    return operations.names
+
+
+@pytest.mark.parametrize("combine", get_args(Combine))
+def test_statistics_meet_without_the_host(combine: Combine) -> None:
+    """No number comes from the host, as by `tensor[i] = number`, or goes to it: on CUDA either waits for the device, and
+    the time of every launch after it shows."""
+    for names in run_on_ranks(operations_of_a_gather, 2, combine):
+        assert names
+        assert names.isdisjoint({"aten.lift_fresh.default", "aten._local_scalar_dense.default"})
 
 
 def frozen_on_some_ranks(group: ProcessGroup, sequence_parallel: bool) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -117,9 +116,11 @@ _DIGIT = 2**12
 def _pack(part: PartStats, num_rows: int) -> Tensor:
     """One message with all statistics but the argmax, and the digits of the number of rows."""
     fields = [field.flatten() for field in part[:-1] if field is not None]
-    message = F.pad(torch.cat(fields), (0, 2))
-    message[-2] = num_rows // _DIGIT
-    message[-1] = num_rows % _DIGIT
+    message = fields[0].new_empty(sum(field.numel() for field in fields) + 2)
+    torch.cat(fields, out=message[:-2])
+    # Filled: to assign a number to an element is a copy from the host, for which it would wait.
+    message[-2:-1].fill_(num_rows // _DIGIT)
+    message[-1:].fill_(num_rows % _DIGIT)
     return message
 
 

@@ -161,14 +161,11 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
     shift = part.max_logit - reference
     scale = torch.exp(shift)
     sum_exp = part.sum_exp * scale
-    # In an empty part, or one of −inf alone, nothing is left to shift.
-    finite_shift = shift.masked_fill(shift == -torch.inf, 0.0)
-    logit_sum = part.logit_sum
+    logit_sum, sum_exp_logit = part.logit_sum, part.sum_exp_logit
     if logit_sum is not None and part.class_sum is not None:
-        logit_sum = logit_sum + part.class_sum * finite_shift
-    sum_exp_logit = part.sum_exp_logit
+        logit_sum = logit_sum + part.class_sum * _finite(shift)
     if sum_exp_logit is not None:
-        sum_exp_logit = sum_exp_logit * scale + sum_exp * finite_shift
+        sum_exp_logit = sum_exp_logit * scale + sum_exp * _finite(shift)
     cross = part.cross
     if cross is not None:
         (scale_a, _), (sum_exp_a, _), (shift_a, shift_b) = (pair.unbind(-2) for pair in (scale, part.sum_exp, shift))
@@ -185,6 +182,11 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
         cross=cross,
         argmax=argmax,
     )
+
+
+def _finite(shift: Tensor) -> Tensor:
+    """In an empty part, or one of −inf alone, nothing is left to shift."""
+    return shift.masked_fill(shift == -torch.inf, 0.0)
 
 
 def merge_stats(parts: PartStats) -> PartStats:
