@@ -102,6 +102,7 @@ def _draw_tokens(shapes: list[ShapeResult], report: Report) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(tokens)
+        axes.tick_params(axis="x", labelrotation=45)
         _write_numbers(axes)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(title, loc="left", fontsize=11, color=INK)

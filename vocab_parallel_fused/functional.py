@@ -78,8 +78,9 @@ def linear_cross_entropy(
     Communication: one all-gather of a few numbers per token in the forward and one all-reduce of ``input``'s gradient
     in the backward. Under sequence parallelism also one all-gather of the hidden states in each, and the all-reduce is
     a reduce-scatter. Extra memory: ``O(T)`` and a fixed tile or buffer of a few MiB in the forward; in the backward
-    ``options.workspace_bytes`` plus the fp32 accumulator of ``input``'s gradient. To this add the gathered hidden
-    states under sequence parallelism, and a copy of the weight where autocast changes its dtype.
+    ``options.workspace_bytes`` plus an fp32 sum of ``input``'s gradient, or of ``linear_weight``'s if that is smaller
+    (neither with an fp32 ``main_grad``). To this add the gathered hidden states under sequence parallelism, a copy of
+    the weight where autocast changes its dtype, and ``options.exp_cache_bytes``.
 
     Args:
         input: ``(*, H)`` hidden states, the same on every rank; with ``sequence_parallel`` this rank's part of dim 0.
