@@ -61,6 +61,8 @@ class Case(NamedTuple):
     impl: Impl
     combine: Combine
     sequence_parallel: bool
+    kept: bool
+    """With all exponentials kept for the backward."""
 
 
 def main() -> int:
@@ -71,7 +73,7 @@ def main() -> int:
         on_gpu = context.device.type == "cuda"
         chosen = arguments.shapes or ("all" if on_gpu else "small")
         shapes = {"small": SMALL, "real": REAL, "all": SMALL + REAL}[chosen]
-        columns = ["shape", "loss", "dtype", "impl", "combine", "seq. par.", *Results._fields, "same bits", ""]
+        columns = ["shape", "loss", "dtype", "impl", "combine", "seq. par.", "cache", *Results._fields, "same bits", ""]
         table = Table(*columns)
         failures = 0
         for shape in track(shapes, console=Console(stderr=True), disable=context.rank != 0):
@@ -85,6 +87,7 @@ def main() -> int:
                     case.impl,
                     case.combine,
                     str(case.sequence_parallel),
+                    str(case.kept),
                     *(f"{check.error:.1e} / {check.budget:.1e}" for check in checks),
                     str(same_bits),
                     "ok" if passed else "FAILED",
@@ -115,11 +118,16 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
             of_logits = None if feature is None else feature.of_logits
             reference = full_logits_results(problem.to(torch.float64), loss=of_logits)
             same_dtype = full_logits_results(problem, loss=of_logits)
-            ways = product(impls, combines, [False, True][: 1 + can_shard_tokens])
+            tokens_sharded = [False, True][: 1 + can_shard_tokens]
+            keeping: list[Impl] = ["triton"] if on_gpu and dtype != torch.float16 else []
+            ways = [
+                *product(impls, combines, tokens_sharded, [False]),
+                *product(keeping, combines[:1], tokens_sharded, [True]),
+            ]
             if feature is not None:
-                ways = product(impls, combines[:1], [can_shard_tokens])
-            for impl, combine, sequence_parallel in ways:
-                case = Case(name, dtype, impl, combine, sequence_parallel)
+                ways = list(product(impls, combines[:1], [can_shard_tokens], [False]))
+            for impl, combine, sequence_parallel, kept in ways:
+                case = Case(name, dtype, impl, combine, sequence_parallel, kept)
                 expected, budget = (
                     local_part(results, context.group, shard, sequence_parallel=sequence_parallel)
                     for results in (reference, same_dtype)
@@ -130,7 +138,7 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
                         context.group,
                         shard,
                         sequence_parallel=sequence_parallel,
-                        options=ComputeOptions(impl=impl, combine=combine),
+                        options=ComputeOptions(impl=impl, combine=combine, exp_cache_bytes=2**40 if kept else 0),
                         loss=None if feature is None else feature.of_part,
                     )
                     for _ in range(2)
@@ -141,6 +149,7 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
                     expected,
                     ranks=context.world_size,
                     logit_units=0 if feature is None else FEATURE_LOGIT_UNITS,
+                    kept=kept,
                 )
                 same_runs = all(
                     torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None

@@ -314,8 +314,8 @@ def operations_of_a_gather(group: ProcessGroup, combine: Combine) -> set[str]:
 
 @pytest.mark.parametrize("combine", get_args(Combine))
 def test_statistics_meet_without_the_host(combine: Combine) -> None:
-    """No number comes from the host, as by `tensor[i] = number`, or goes to it: on CUDA either waits for the device, and
-    the time of every launch after it shows."""
+    """No number comes from the host, as by `tensor[i] = number`, or goes to it: on CUDA either waits for the device,
+    and the time of every launch after it shows."""
     for names in run_on_ranks(operations_of_a_gather, 2, combine):
         assert names
         assert names.isdisjoint({"aten.lift_fresh.default", "aten._local_scalar_dense.default"})

@@ -1,0 +1,100 @@
+"""The backward's walk over blocks: what it plans, in which order it works, and what it needs for that."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from vocab_parallel_fused.kernels import sweep
+from vocab_parallel_fused.kernels.sweep import GradBuffers, plan_blocks, sweep_grads
+from vocab_parallel_fused.transform import LogitTransform, Operands
+
+MIB = 2**20
+
+
+def plan(T: int, H: int, V: int, *, main_grad: bool, workspace_bytes: int = 128 * MIB) -> sweep.Blocks:
+    """Of bf16 gradients on 132 processors, as for an H200."""
+    return plan_blocks(
+        T,
+        H,
+        V,
+        bytes_per_logit=2,
+        dhidden_sum_bytes=4,
+        dweight_sum_bytes=0 if main_grad else 4,
+        dhidden_takes_product=V % 8 == 0,
+        dweight_takes_product=not main_grad,
+        dweight_takes_sums=main_grad,
+        workspace_bytes=workspace_bytes,
+        tile=(128, 256),
+        largest=(T, V),
+        processors=132,
+    )
+
+
+@pytest.mark.parametrize("main_grad", [False, True])
+@pytest.mark.parametrize("V", [1000, 16032, 16033, 128256])
+def test_blocks_fit_the_workspace(main_grad: bool, V: int) -> None:
+    """With an fp32 main_grad the sum of dhidden is in it too, so that memory stops growing with tokens."""
+    for T, H in product((1, 1000, 8192, 131072), (2304, 8192)):
+        blocks = plan(T, H, V, main_grad=main_grad)
+        needed = 2 * min(blocks.block_t, T) * min(blocks.block_v, V)
+        takes_product = blocks.block_v >= V and V % 8 == 0
+        if main_grad and not takes_product:
+            needed += 4 * H * min(blocks.group_t, T)
+        assert needed <= 128 * MIB, (T, H, V, blocks)
+        assert blocks.block_t % 128 == blocks.block_v % 256 == blocks.group_t % 128 == 0
+        assert blocks.block_t <= blocks.group_t or blocks.block_t >= T
+
+
+def test_blocks_fill_waves() -> None:
+    """22 tiles of rows are 10.7 waves for 64 blocks of tokens, 31 tiles 15.03: the plan must not leave a wave empty."""
+    for T, V in ((8192, 256000), (16384, 38016), (4096, 128256)):
+        blocks = plan(T, 2304, V, main_grad=False)
+        tiles = -(-blocks.block_t // 128) * (blocks.block_v // 256)
+        assert tiles / 132 / -(-tiles // 132) > 0.95, (T, V, blocks)
+
+
+def test_a_workspace_too_small_for_anything() -> None:
+    assert plan(100_000, 4096, 5000, main_grad=False, workspace_bytes=1) == (100_096, 128, 256)
+
+
+def logged_sweep(monkeypatch: pytest.MonkeyPatch, V: int) -> list[str]:
+    """What happens, in order: products for dhidden and dweight, and the call that says dhidden is complete."""
+    T, H = 40, 16
+    hidden, weight = torch.randn(T, H), torch.randn(V, H)
+    log = []
+    matmul = sweep._matmul_into
+
+    def logged(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+        log.append("dhidden" if a.shape[0] == T else "dweight")
+        matmul(out, a, b, accumulate=accumulate)
+
+    def write_ones(_tokens: slice, _rows: slice, out: Tensor) -> None:
+        out.fill_(1.0)
+
+    monkeypatch.setattr(sweep, "_matmul_into", logged)
+    dhidden, dweight = torch.empty(T, H), torch.empty(V, H)
+    buffers = GradBuffers(dhidden, dweight, None, accumulate_dweight=False, dhidden_ready=lambda: log.append("ready"))
+    sweep_grads(
+        write_ones,
+        Operands(hidden, weight, None, LogitTransform()),
+        buffers,
+        dlogits_dtype=torch.float32,
+        bytes_per_logit=4,
+        workspace_bytes=4 * T * 32,
+        tile=(16, 32),
+        largest=(T, V),
+    )
+    torch.testing.assert_close(dhidden, weight.sum(0).expand(T, H))
+    torch.testing.assert_close(dweight, hidden.sum(0).expand(V, H))
+    return log
+
+
+@pytest.mark.parametrize("V", [96, 99])
+def test_dhidden_is_ready_before_the_last_product(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its reduction over the ranks has a product to hide behind, and not that of a tail of three rows."""
+    log = logged_sweep(monkeypatch, V)
+    assert log.count("ready") == 1
+    assert log[-3:] == ["dhidden", "ready", "dweight"]
+    assert log.count("dweight") == log.count("dhidden") == 3 + (V % 8 > 0)
