@@ -337,29 +337,23 @@ def local_stats(
     on_hopper = hopper.takes(head, arch) and not (wanted.logit_sum or wanted.argmax)
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
+    block_v = hopper.BLOCK_V if on_hopper else tile.block_v
     for tokens in slices(T, launch_tokens):
         num_tokens = tokens.stop - tokens.start
         most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
         tiles_t = -(-num_tokens // tile.block_t)
         of_tokens = {name: None if field is None else field[tokens] for name, field in reduced.items()}
         for part in (slice(0, num_kept), slice(num_kept, V)):
-            tiles_v = -(-(part.stop - part.start) // tile.block_v)
+            tiles_v = -(-(part.stop - part.start) // block_v)
             if tiles_v == 0:
                 continue
             # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
             strip, chunk = 1, whole_waves(tiles_v, most_partials, tiles_t, num_processors(hidden.device))
             if on_hopper:
                 strip, chunk = -(-tiles_v // most_partials), tiles_v
-            for rows in slices(part.stop, chunk * tile.block_v, part.start):
-                num_partials = -(-(rows.stop - rows.start) // (strip * tile.block_v))
-                partials = {
-                    f"partial_{name}_ptr": None
-                    if field is None
-                    else field.new_empty(
-                        num_partials, num_tokens, dtype=torch.int32 if name == "argmax" else torch.float32
-                    )
-                    for name, field in of_tokens.items()
-                }
+            for rows in slices(part.stop, chunk * block_v, part.start):
+                num_partials = -(-(rows.stop - rows.start) // (strip * block_v))
+                partials = _empty_partials(of_tokens, num_partials)
                 block = head.block(tokens, rows)
                 exps = reference = None
                 if cache is not None and rows.start < num_kept:
@@ -384,6 +378,16 @@ def local_stats(
                     **{"FIRST": rows.start == 0, **_MERGE_LAUNCH},
                 )
     return stats, cache
+
+
+def _empty_partials(reduced: dict[str, Tensor | None], num_partials: int) -> dict[str, Tensor | None]:
+    """Memory for partials of statistics ``[T]``, by the kernels' names."""
+    return {
+        f"partial_{name}_ptr": None
+        if field is None
+        else field.new_empty(num_partials, *field.shape, dtype=torch.int32 if name == "argmax" else torch.float32)
+        for name, field in reduced.items()
+    }
 
 
 def target_launch(arch: str, tile: TileConfig) -> dict[str, Any]:

@@ -29,10 +29,10 @@ from vocab_parallel_fused.kernels.tiles import (
 from vocab_parallel_fused.stats import DlogitsCoefficients
 from vocab_parallel_fused.transform import Operands
 
-# Exponentials up to e⁴⁰ leave sums of millions of them in range; dlogits over a scale may be as large as e⁶⁰.
+# Exponentials up to e⁴⁰ leave sums of millions of them in range.
 _LARGEST_RISE = tl.constexpr(40.0)
-_LARGEST_RATIO = tl.constexpr(1e26)
-# Below, the product of a scale and a hidden state might leave the range of normal numbers.
+# Below, the product of a scale and a hidden state might leave the range of normal numbers, as might the quotient of a
+# target's dlogit and a scale that is smaller by as much.
 _LEAST_SCALE = tl.constexpr(1e-30)
 
 _SCALE_LAUNCH: dict[str, Any] = {"BLOCK_T": 128}
@@ -87,9 +87,9 @@ def kept_scale_kernel(
     size = tl.abs(scale)
     # What a scale too small for its range leaves out is next to nothing if it is small because its shard is.
     matters = (largest_grad > 0) | ((level != 0) & (reference - maximum > -_LARGEST_RISE))
-    in_range = (tl.abs(shard_max - reference) <= _LARGEST_RISE) & (size * _LARGEST_RATIO >= largest_grad)
-    # A row that an earlier backward computed anew stays so.
-    in_range = in_range & ((size >= _LEAST_SCALE) | ~matters) & (reference < float("inf"))
+    # A row that an earlier backward computed anew, whose reference is +inf, stays so.
+    in_range = tl.abs(shard_max - reference) <= _LARGEST_RISE
+    in_range = in_range & ((size >= tl.maximum(largest_grad, 1.0) * _LEAST_SCALE) | ~matters)
     tl.store(reference_ptr + offs_t, tl.where(in_range, reference, float("inf")), mask=mask_t)
     tl.store(scale_ptr + offs_t, tl.where(in_range, nudged, 1.0), mask=mask_t)
 

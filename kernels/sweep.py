@@ -312,7 +312,8 @@ def _write_kept_rows(kept: KeptDlogits, head: Operands, buffers: GradBuffers, db
         kept.scale_rows(hidden, kept.scale, scaled)
         _matmul_into(dweight[:num_kept], kept.values.t(), scaled, accumulate=accumulate_dweight)
     if dbias_sum is not None:
-        dbias_sum[:num_kept] = _weighted_sums(kept.values.t(), kept.scale)
+        scale = kept.scale.to(kept.values.dtype)[:, None]
+        _matmul_into(dbias_sum[:num_kept, None], kept.values.t(), scale, accumulate=False)
     if dhidden_ready is None:
         _write_kept_dhidden(kept, tokens, weight, dhidden_here)
 
@@ -337,15 +338,6 @@ def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
     # fp32 holds 2^±126 as a normal number, so that neither factor is lost.
     unscale = torch.exp2((exponent - 15).clamp(-126, 126))
     return 1 / unscale, unscale
-
-
-def _weighted_sums(values: Tensor, scale: Tensor) -> Tensor:
-    """``values @ scale`` ``[N]`` in fp32, with the scale as a sum of two numbers of the values' dtype."""
-    high = scale.to(values.dtype)
-    low = (scale - high).to(values.dtype)
-    sums = torch.empty(values.shape[0], 2, dtype=scale.dtype, device=scale.device)
-    _matmul_into(sums, values, torch.stack((high, low), dim=1), accumulate=False)
-    return sums.sum(dim=1)
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
