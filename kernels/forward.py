@@ -295,8 +295,8 @@ def target_logit_kernel(
     tl.store(target_logit_ptr + offs_n, target_logit, mask=mask_n)
     tl.store(owners_ptr + offs_n, owned.to(tl.float32), mask=mask_n)
     if reference_ptr is not None:
+        # Where no logit of the sample is finite, the backward recomputes the token.
         reference = tl.max(z, axis=1)
-        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
         first_target = mask_n & (offs_n % K == 0) & (rows_t < num_references)
         tl.store(reference_ptr + rows_t, reference, mask=first_target)
 

@@ -140,7 +140,7 @@ def test_logits_out_of_range(spoil: Callable[[Problem], None], dtype: torch.dtyp
 
 
 def test_a_sample_without_a_finite_logit(device: torch.device) -> None:
-    """Then the reference is no logit at all, and may be as far above them as below."""
+    """Then the reference is no number, and the token must be recomputed."""
     problem = make_problem(40, H, V, device=device)
     assert problem.bias is not None
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_tiny_gradients(device: torch.device) -> None:
     for size in (0, EVERYTHING):
         stats = linear_token_stats(problem.hidden, problem.weight, outputs=["lse"], options=options(size))
         assert stats.lse is not None
-        grads.append(torch.autograd.grad(stats.lse, (problem.hidden, problem.weight), problem.upstream * 1e-28))
+        grads.append(torch.autograd.grad(stats.lse, (problem.hidden, problem.weight), problem.upstream * 1e-36))
     for plain, kept, values in zip(*grads, (3, row), strict=True):
         assert max_error(kept[values], plain[values]) < 1e-5
 
@@ -253,9 +253,9 @@ def test_main_grad(rows: int, device: torch.device) -> None:
     assert max_error(weight.main_grad - 1, exact) < 2 * 2**-8
 
 
-def kept_bytes(problem: Problem, options: ComputeOptions, *, grad: bool = True, **keywords: Any) -> int:
+def kept_bytes(problem: Problem, options: ComputeOptions, **keywords: Any) -> int:
     """What is alive between forward and backward."""
-    with PeakBytes() as peak, torch.set_grad_enabled(grad):
+    with PeakBytes() as peak:
         loss = loss_of(problem, options, **keywords)
         gc.collect()  # the interpreter leaves cycles that hold its arguments
         alive = peak.alive
@@ -275,10 +275,12 @@ def test_memory(device: torch.device) -> None:
     assert every_row <= kept_bytes(problem, options(EVERYTHING)) - nothing <= every_row + per_token
     half = kept_bytes(problem, options(every_row // 2)) - nothing
     assert 0.4 * every_row < half <= every_row // 2 + per_token
-    assert kept_bytes(problem, options(EVERYTHING), grad=False) <= nothing
+    with PeakBytes() as peak, torch.no_grad():
+        loss_of(problem, options(EVERYTHING))
+    assert peak.bytes < every_row
     fp16 = make_problem(T, H, V, dtype=torch.float16, bias=False, device=device)
     assert kept_bytes(fp16, options(EVERYTHING)) == kept_bytes(fp16, options(0))
-    smoothed: Any = {"label_smoothing": 0.1}
+    smoothed = {"label_smoothing": 0.1}
     assert kept_bytes(problem, options(EVERYTHING), **smoothed) == kept_bytes(problem, options(0), **smoothed)
 
 
@@ -306,7 +308,9 @@ def test_a_target_far_below_the_maximum_of_another_rank(distance: float, size: f
     problem = make_problem(6, H, V, bias=False)
     with torch.no_grad():
         problem.target[0], problem.upstream[0] = 0, 1.0
-        problem.weight[V - 2] = problem.hidden[0] * distance / problem.hidden[0].dot(problem.hidden[0])
+        # Token 0 has logits of 0, but for one on the last rank.
+        problem.hidden[0], problem.hidden[0, -1] = 0.0, 10.0
+        problem.weight[:, -1], problem.weight[V - 2, -1] = 0.0, distance / 10
     problem = problem._replace(upstream=problem.upstream * size)
     for errors in run_on_ranks(far_from_the_maximum_on_a_rank, 3, problem):
         assert max(errors) < 1e-5
