@@ -23,6 +23,7 @@ from vocab_parallel_fused.stats import (
     PartStats,
     TokenLoss,
     Wanted,
+    count_classes,
     empty_joint_stats,
     empty_stats,
     merge_stats,
@@ -149,15 +150,17 @@ def local_grads(
     )
 
 
-def token_loss(whole: PartStats, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
+def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
     """The cross-entropy without any option, as ``cross_entropy.cross_entropy`` has it.
 
     Args:
-        whole: statistics of the whole vocabulary, with one target of each token.
+        parts: of the whole vocabulary, stacked, with one target of each token.
+        rows: ``[P, 2]`` digits of how many classes each part holds, as ``stats.count_classes`` takes them, or None.
         target: ``[T, 1]`` class ids.
         ignore_index: of tokens that are left out.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``.
     """
+    whole = merge_stats(parts)
     valid = target[:, 0] != ignore_index
     differences = (whole.target_logit[:, 0] - whole.max_logit).clamp_(max=0)
     loss = torch.where(valid, whole.sum_exp.log() - differences, 0.0)
@@ -165,7 +168,8 @@ def token_loss(whole: PartStats, target: Tensor, ignore_index: int, reduction: s
     owned_once = torch.where(valid, whole.owners[:, 0] == 1, True).all()
     if reduction != "none":
         loss = loss.sum() / num_valid if reduction == "mean" else loss.sum()
-    return TokenLoss(loss, num_valid, owned_once)
+    num_classes = None if rows is None else count_classes(rows)
+    return TokenLoss(loss, whole.max_logit, whole.sum_exp, whole.owners, num_valid, owned_once, num_classes)
 
 
 def token_loss_grads(

@@ -1,5 +1,6 @@
-"""The plain cross-entropy on ``[T]`` numbers, in one launch each way: as operations of torch it takes twenty.
+"""The plain cross-entropy on ``[T]`` numbers, in one launch each way: as operations of torch it takes some thirty.
 
+    m_t = max_p m_pt,   s_t = Σ_p s_pt · exp(m_pt − m_t)      the parts ``p`` of the vocabulary, merged
     loss_t = log s_t − min(z_t(y_t) − m_t, 0)  if y_t is not ignored, else 0;    their sum or mean
     level_t = g_t / s_t,    grad_target_t = −g_t      what the backward needs to know of it, 0 if y_t is ignored
 
@@ -13,25 +14,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, TokenLoss
+from vocab_parallel_fused.stats import DIGIT, DlogitsCoefficients, PartStats, TokenLoss
 
 # One program adds up all tokens, so that the sum has one order.
 _LOSS_LAUNCH: dict[str, Any] = {"BLOCK_T": 4096, "num_warps": 16}
 _GRADS_LAUNCH: dict[str, Any] = {"BLOCK_T": 512}
+_DIGIT = tl.constexpr(DIGIT)
 
 
 @triton.jit
 def token_loss_kernel(
-    max_ptr,  # [T]
-    sum_exp_ptr,  # [T]
-    target_logit_ptr,  # [T]
-    owners_ptr,  # [T]
+    part_max_ptr,  # [P, T]
+    part_sum_exp_ptr,  # [P, T]
+    part_target_logit_ptr,  # [P, T]
+    part_owners_ptr,  # [P, T]
+    rows_ptr,  # [P, 2] digits of the parts' numbers of rows, or None
     target_ptr,  # [T] int64
+    max_ptr,  # [T] out
+    sum_exp_ptr,  # [T] out
+    owners_ptr,  # [T] out
     loss_ptr,  # [T] out, or None: reduce
     total_ptr,  # [] out, or None if the loss is there
     num_valid_ptr,  # [] out
     owned_once_ptr,  # [] int32 out: 1 if every valid target has one owner
+    num_classes_ptr,  # [] int64 out, or None if there are no digits
+    P,
     T,
+    stride_part,
     ignore_index,
     MEAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -43,9 +52,25 @@ def token_loss_kernel(
         offs_t = first + tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
         valid = mask_t & (tl.load(target_ptr + offs_t, mask=mask_t, other=0) != ignore_index)
-        maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
-        sum_exp = tl.load(sum_exp_ptr + offs_t, mask=mask_t, other=1.0)
-        difference = tl.load(target_logit_ptr + offs_t, mask=mask_t, other=0.0) - maximum
+        maximum = tl.load(part_max_ptr + offs_t, mask=mask_t, other=0.0)
+        for part in range(1, P):
+            part_max = tl.load(part_max_ptr + part * stride_part + offs_t, mask=mask_t, other=0.0)
+            maximum = tl.maximum(maximum, part_max, propagate_nan=tl.PropagateNan.ALL)
+        # Where every class is −inf, −inf − −inf would make a NaN.
+        finite = tl.where(maximum == -float("inf"), 0.0, maximum)
+        sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        target_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        owners = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        for part in range(P):
+            offs = part * stride_part + offs_t
+            part_max = tl.load(part_max_ptr + offs, mask=mask_t, other=0.0)
+            sum_exp += tl.load(part_sum_exp_ptr + offs, mask=mask_t, other=1.0) * tl.exp(part_max - finite)
+            target_logit += tl.load(part_target_logit_ptr + offs, mask=mask_t, other=0.0)
+            owners += tl.load(part_owners_ptr + offs, mask=mask_t, other=0.0)
+        tl.store(max_ptr + offs_t, maximum, mask=mask_t)
+        tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_t)
+        tl.store(owners_ptr + offs_t, owners, mask=mask_t)
+        difference = target_logit - maximum
         # Another order of products may have rounded the target above the largest logit.
         difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
         loss = tl.where(valid, tl.log(sum_exp) - difference, 0.0)
@@ -53,13 +78,18 @@ def token_loss_kernel(
             tl.store(loss_ptr + offs_t, loss, mask=mask_t)
         total += loss
         num_valid += valid.to(tl.int32)
-        owners = tl.load(owners_ptr + offs_t, mask=mask_t, other=1.0)
         num_bad += (valid & (owners != 1.0)).to(tl.int32)
     count = tl.maximum(tl.sum(num_valid), 1).to(tl.float32)
     if total_ptr is not None:
         tl.store(total_ptr, tl.div_rn(tl.sum(total), count) if MEAN else tl.sum(total))
     tl.store(num_valid_ptr, count)
     tl.store(owned_once_ptr, (tl.sum(num_bad) == 0).to(tl.int32))
+    if rows_ptr is not None:
+        num_classes = tl.zeros((), dtype=tl.int64)
+        for part in range(P):
+            high = tl.load(rows_ptr + part * stride_part).to(tl.int64)
+            num_classes += high * _DIGIT + tl.load(rows_ptr + part * stride_part + 1).to(tl.int64)
+        tl.store(num_classes_ptr, num_classes)
 
 
 @triton.jit
@@ -86,26 +116,36 @@ def token_loss_grads_kernel(
     tl.store(grad_target_logit_ptr + offs_t, -grad, mask=mask_t)
 
 
-def token_loss(whole: PartStats, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
+def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
     """As ``eager.token_loss``."""
-    T = target.shape[0]
-    loss = whole.max_logit.new_empty(T if reduction == "none" else ())
+    P, T = parts.max_logit.shape
+    loss = target.new_empty(T if reduction == "none" else (), dtype=torch.float32)
+    max_logit, sum_exp, owners = torch.empty(3, T, dtype=torch.float32, device=target.device)
     num_valid, owned_once = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
+    num_classes = None if rows is None else loss.new_empty((), dtype=torch.int64)
     token_loss_kernel[(1,)](
-        whole.max_logit,
-        whole.sum_exp,
-        whole.target_logit,
-        whole.owners,
+        parts.max_logit,
+        parts.sum_exp,
+        parts.target_logit,
+        parts.owners,
+        rows,
         target,
+        max_logit,
+        sum_exp,
+        owners,
         loss if reduction == "none" else None,
         None if reduction == "none" else loss,
         num_valid,
         owned_once,
+        num_classes,
+        P,
         T,
+        # Of several parts all fields are in the same messages.
+        parts.max_logit.stride(0),
         ignore_index,
         **{"MEAN": reduction == "mean", **_LOSS_LAUNCH},
     )
-    return TokenLoss(loss, num_valid, owned_once)
+    return TokenLoss(loss, max_logit, sum_exp, owners[:, None], num_valid, owned_once, num_classes)
 
 
 def token_loss_grads(

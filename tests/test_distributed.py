@@ -18,7 +18,7 @@ from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entrop
 from vocab_parallel_fused import autograd as vpf_autograd
 from vocab_parallel_fused import collectives as vpf_collectives
 from vocab_parallel_fused.options import Combine, Impl
-from vocab_parallel_fused.stats import PartStats
+from vocab_parallel_fused.stats import PartStats, count_classes, merge_stats
 from vocab_parallel_fused.testing import (
     Results,
     assert_within_error_budget,
@@ -135,8 +135,10 @@ def merge_of_nothing(group: ProcessGroup, combine: Combine) -> None:
     local = PartStats(
         max_logit, sum_exp, nothing, nothing, sum_exp_logit=-sum_exp, argmax=torch.tensor([4, 5, 6]) + 9 * rank
     )
-    whole, num_classes = vpf_collectives.gather_stats(local, 2**25 + rank, group, combine)
-    assert num_classes == 2**26 + 1
+    parts, rows = vpf_collectives.gather_stats(local, 2**25 + rank, group, combine)
+    assert rows is not None
+    assert count_classes(rows) == 2**26 + 1
+    whole = merge_stats(parts)
     torch.testing.assert_close(whole.max_logit, torch.tensor([2.0, 1.0, -torch.inf]))
     torch.testing.assert_close(whole.sum_exp, torch.tensor([3.0, 1.0, 0.0]))
     torch.testing.assert_close(whole.sum_exp_logit, torch.tensor([-3.0, -1.0, 0.0]))

@@ -5,36 +5,55 @@ import torch
 
 from vocab_parallel_fused.functional import Reduction
 from vocab_parallel_fused.kernels import eager
-from vocab_parallel_fused.stats import PartStats
+from vocab_parallel_fused.stats import DIGIT, PartStats
 
 T = 5000  # more than the kernel adds up at a time
 
 
-def numbers(device: torch.device) -> tuple[PartStats, torch.Tensor]:
-    """Statistics and targets, some ignored, some whose logit rounding has put above the largest."""
+def numbers(device: torch.device, num_parts: int = 1) -> tuple[PartStats, torch.Tensor, torch.Tensor]:
+    """Parts as they come from a group, in one message each, their digits, and targets.
+
+    Some targets are ignored, of some rounding has put the logit above the largest; some parts are empty, all of one
+    token's, and another token holds a NaN.
+    """
     generator = torch.Generator().manual_seed(0)
-    max_logit = 10 * torch.randn(T, generator=generator)
-    below = torch.rand(T, 1, generator=generator)
+    messages = torch.zeros(num_parts, 4 * T + 2)
+    max_logit, sum_exp, target_logit, owners, rows = messages.split([T, T, T, T, 2], dim=1)
+    max_logit += 10 * torch.randn(num_parts, T, generator=generator)
+    sum_exp += 1 + torch.rand(num_parts, T, generator=generator)
+    below = torch.rand(T, generator=generator)
     below[::7] = -1e-6
-    whole = PartStats(max_logit, 1 + torch.rand(T, generator=generator), max_logit[:, None] - below, torch.ones(T, 1))
+    owner = torch.arange(T) % num_parts
+    target_logit[owner, torch.arange(T)] = max_logit.amax(dim=0) - below
+    owners[owner, torch.arange(T)] = 1
+    for part in range(1, num_parts):
+        max_logit[part, part::5], sum_exp[part, part::5] = -torch.inf, 0
+    max_logit[:, 2], sum_exp[:, 2] = -torch.inf, 0
+    max_logit[-1, 3] = sum_exp[-1, 3] = torch.nan
+    rows += torch.tensor([2**13, 5.0])
     target = torch.randint(100, (T, 1), generator=generator)
     target[::11] = -100
-    whole = PartStats._make(None if field is None else field.to(device) for field in whole)
-    return whole, target.to(device)
+    target[2:4] = -100
+    messages = messages.to(device)
+    max_logit, sum_exp, target_logit, owners, rows = messages.split([T, T, T, T, 2], dim=1)
+    return PartStats(max_logit, sum_exp, target_logit[..., None], owners[..., None]), rows, target.to(device)
 
 
+@pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_implementations_agree(reduction: Reduction, device: torch.device) -> None:
+def test_implementations_agree(reduction: Reduction, num_parts: int, device: torch.device) -> None:
     tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
-    whole, target = numbers(device)
-    expected = eager.token_loss(whole, target, -100, reduction)
-    actual = tokens.token_loss(whole, target, -100, reduction)
+    parts, rows, target = numbers(device, num_parts)
+    expected = eager.token_loss(parts, rows, target, -100, reduction)
+    actual = tokens.token_loss(parts, rows, target, -100, reduction)
     assert (expected.loss >= 0).all()
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine.float(), theirs.float(), rtol=2e-6, atol=1e-6)
+    assert expected.num_classes == num_parts * (2**13 * DIGIT + 5)
+    assert actual.num_classes == expected.num_classes
+    for mine, theirs in zip(actual[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
     grad = torch.randn(expected.loss.shape, generator=torch.Generator().manual_seed(1)).to(device)
     divisor = expected.num_valid if reduction == "mean" else None
-    arguments = (grad, whole.sum_exp, target, divisor, -100)
+    arguments = (grad, expected.sum_exp.nan_to_num(1.0).clamp_(min=1), target, divisor, -100)
     for mine, theirs in zip(tokens.token_loss_grads(*arguments), eager.token_loss_grads(*arguments), strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None:
@@ -46,8 +65,8 @@ def test_implementations_agree(reduction: Reduction, device: torch.device) -> No
 def test_targets_without_one_owner(owners: float, token: int, device: torch.device) -> None:
     """One is enough, wherever it is; token 0 is ignored."""
     tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
-    whole, target = numbers(device)
-    whole.owners[token] = owners
+    parts, _, target = numbers(device)
+    parts.owners[0, token] = owners
     for implementation in (eager, tokens):
-        owned_once = implementation.token_loss(whole, target, -100, "mean").owned_once
+        owned_once = implementation.token_loss(parts, None, target, -100, "mean").owned_once
         assert bool(owned_once) == (owners == 1 or token == 0)

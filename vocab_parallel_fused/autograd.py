@@ -45,7 +45,9 @@ from vocab_parallel_fused.stats import (
     PartStats,
     TokenStats,
     Wanted,
+    count_classes,
     dlogits_coefficients,
+    merge_stats,
     whole_stats,
 )
 from vocab_parallel_fused.transform import LogitTransform, Operands
@@ -74,17 +76,17 @@ class Plan:
         return Operands(hidden, weight[:rows], None if bias is None else bias[:rows], self.transform)
 
 
-class _WholeStats(NamedTuple):
+class _GatheredStats(NamedTuple):
     """What the forward finds, and the backward starts from."""
 
-    whole: PartStats
-    num_classes: Tensor | None
+    parts: PartStats
+    rows: Tensor | None  # as `gather_stats` returns them
     target_row: Tensor  # [T, K] rows of this shard, or numbers that are none
     target_logit: Tensor  # [T, K] of this shard
     cache: ExpCache | None
 
 
-def _whole_stats(
+def _gathered_stats(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -93,7 +95,7 @@ def _whole_stats(
     wanted: Wanted,
     exp_cache_bytes: int,
     plan: Plan,
-) -> _WholeStats:
+) -> _GatheredStats:
     shard = plan.shard
     target_row = shard.local_rows(target)
     with _local_steps(hidden):
@@ -101,8 +103,12 @@ def _whole_stats(
         local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes)
     if local.argmax is not None:
         local = local._replace(argmax=local.argmax + shard.start)
-    whole, num_classes = gather_stats(local, shard.num_valid_rows, plan.group, plan.combine)
-    return _WholeStats(whole, num_classes, target_row, local.target_logit, cache)
+    parts, rows = gather_stats(local, shard.num_valid_rows, plan.group, plan.combine)
+    return _GatheredStats(parts, rows, target_row, local.target_logit, cache)
+
+
+def _count(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else count_classes(rows)
 
 
 class _TokenStatsFunction(Function):
@@ -120,9 +126,10 @@ class _TokenStatsFunction(Function):
         anchor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
-        whole, num_classes, target_row, target_logit, cache = _whole_stats(
+        parts, rows, target_row, target_logit, cache = _gathered_stats(
             hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
         )
+        whole, num_classes = merge_stats(parts), _count(rows)
         stats = whole_stats(whole)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -171,20 +178,20 @@ class _CrossEntropyFunction(Function):
         anchor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
-        whole, num_classes, target_row, target_logit, cache = _whole_stats(
+        parts, rows, target_row, target_logit, cache = _gathered_stats(
             hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
         )
         with _local_steps(hidden):
-            loss, num_valid, owned_once = plan.kernels.token_loss(whole, target, ignore_index, reduction)
+            of_tokens = plan.kernels.token_loss(parts, rows, target, ignore_index, reduction)
+        loss, max_logit, sum_exp, owners, num_valid, owned_once, num_classes = of_tokens
         ctx.plan, ctx.ignore_index = plan, ignore_index
         ctx.set_materialize_grads(False)
         divisor = num_valid if reduction == "mean" else None
-        of_whole = (whole.max_logit, whole.sum_exp)
         ctx.save_for_backward(
-            hidden, weight, bias, target_row, target_logit, *of_whole, target, divisor, *(cache or ())
+            hidden, weight, bias, target_row, target_logit, max_logit, sum_exp, target, divisor, *(cache or ())
         )
-        ctx.mark_non_differentiable(*(t for t in (whole.owners, owned_once, num_classes) if t is not None))
-        return loss, whole.owners, owned_once, num_classes
+        ctx.mark_non_differentiable(*(t for t in (owners, owned_once, num_classes) if t is not None))
+        return loss, owners, owned_once, num_classes
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -239,7 +246,8 @@ class _DivergenceFunction(Function):
             heads = (teacher_head, student_head) if forward_kl else (student_head, teacher_head)
             symmetric = divergence == "jensen_shannon"
             local = plan.kernels.local_joint_stats(*heads, cross=not symmetric)
-            whole, num_classes = gather_stats(local, plan.shard.num_valid_rows, plan.group, plan.combine)
+            parts, rows = gather_stats(local, plan.shard.num_valid_rows, plan.group, plan.combine)
+            whole, num_classes = merge_stats(parts), _count(rows)
             max_logit, log_sum_exp = whole.max_logit, whole.sum_exp.log()
             if symmetric:
                 sums = plan.kernels.local_js_sums(*heads, max_logit, log_sum_exp)

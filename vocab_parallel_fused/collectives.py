@@ -6,7 +6,9 @@ classes, ``reduce_sums`` after it for a Jensen–Shannon divergence. Backward: `
 on arguments that are equal on all ranks. Once, when a model is built: ``gather_row_counts``, ``gather_rows``.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from vocab_parallel_fused.stats import PartStats, measured_from, merge_stats, top_k_order
+from vocab_parallel_fused.stats import DIGIT, PartStats, measured_from, top_k_order
 
 Group = ProcessGroup | DeviceMesh | None
 """What users may pass as a group; None is a single rank, never the default world."""
@@ -56,33 +58,35 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 def gather_stats(
     local: PartStats, num_rows: int, group: ProcessGroup | None, combine: str
 ) -> tuple[PartStats, Tensor | None]:
-    """Statistics of the whole vocabulary from those of each rank's shard: the same bits on all ranks.
+    """Statistics of disjoint parts that make up the whole vocabulary, stacked: the same bits on all ranks.
 
     Args:
         local: of this rank's shard, ``argmax`` as global ids.
-        num_rows: how many classes the shard holds. The number travels with the statistics.
+        num_rows: how many classes the shard holds. The number travels with the statistics, as two digits.
         combine: see :class:`~vocab_parallel_fused.ComputeOptions`.
 
     Returns:
-        The statistics, and how many classes all shards hold, an int64 on the device; None for a single rank.
+        The parts ``[P, *]``, one of each rank or one of all of them, and the digits ``[P, 2]`` of how many classes they
+        hold; None for a single rank.
     """
     _, world_size = rank_and_size(group)
     if world_size == 1:
-        return local, None
+        return PartStats._make(None if field is None else field[None] for field in local), None
     if combine == "all_gather":
         parts, rows = _unpack(gather_stacked(_pack(local, num_rows), group), local)
         if local.argmax is not None:
             parts = parts._replace(argmax=gather_stacked(local.argmax, group))
-        return merge_stats(parts), _num_classes(rows.sum(dim=0))
+        return parts, rows
     max_logit = local.max_logit.clone()
     dist.all_reduce(max_logit, dist.ReduceOp.MAX, group=group)
     aligned = measured_from(local, max_logit)
     message = _pack(aligned, num_rows)
     dist.all_reduce(message, group=group)
-    whole, rows = _unpack(message, local)
+    parts, rows = _unpack(message[None], local)
     if aligned.argmax is not None:
         dist.all_reduce(aligned.argmax, dist.ReduceOp.MIN, group=group)
-    return whole._replace(max_logit=max_logit, argmax=aligned.argmax), _num_classes(rows)
+    argmax = None if aligned.argmax is None else aligned.argmax[None]
+    return parts._replace(max_logit=max_logit[None], argmax=argmax), rows
 
 
 def gather_top_k(logit: Tensor, index: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -109,23 +113,18 @@ def gather_stacked(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered
 
 
-# fp32 counts to 2²⁴, so a number of rows travels as two digits.
-_DIGIT = 2**12
-
-
 def _pack(part: PartStats, num_rows: int) -> Tensor:
     """One message with all statistics but the argmax, and the digits of the number of rows."""
     fields = [field.flatten() for field in part[:-1] if field is not None]
     message = fields[0].new_empty(sum(field.numel() for field in fields) + 2)
     torch.cat(fields, out=message[:-2])
-    # Filled: to assign a number to an element is a copy from the host, for which it would wait.
-    message[-2:-1].fill_(num_rows // _DIGIT)
-    message[-1:].fill_(num_rows % _DIGIT)
+    # By one launch: to assign a number to an element is a copy from the host, for which it would wait.
+    torch.linspace(num_rows // DIGIT, num_rows % DIGIT, 2, out=message[-2:])
     return message
 
 
 def _unpack(message: Tensor, like: PartStats) -> tuple[PartStats, Tensor]:
-    """The statistics in messages ``[*, N]``, except the argmax, and the digits ``[*, 2]``."""
+    """The statistics in messages ``[P, N]``, except the argmax, and the digits ``[P, 2]``."""
     sizes = [0 if field is None else field.numel() for field in like[:-1]]
     *chunks, rows = message.split([*sizes, 2], dim=-1)
     fields = [
@@ -133,11 +132,6 @@ def _unpack(message: Tensor, like: PartStats) -> tuple[PartStats, Tensor]:
         for chunk, field in zip(chunks, like[:-1], strict=True)
     ]
     return PartStats._make([*fields, None]), rows
-
-
-def _num_classes(rows: Tensor) -> Tensor:
-    high, low = rows.to(torch.int64).unbind()
-    return high * _DIGIT + low
 
 
 def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -165,19 +159,42 @@ def reduce_hidden_grad(
     _, world_size = rank_and_size(group)
     if world_size == 1 or dhidden_partial.numel() == 0:
         return lambda: dhidden_partial
+    dhidden = dhidden_partial
     if sequence_parallel:
         tokens, *rest = dhidden_partial.shape
         dhidden = dhidden_partial.new_empty(tokens // world_size, *rest)
-        work = _reduce_scatter(dhidden, dhidden_partial, group=group, async_op=True)
-    else:
-        dhidden = dhidden_partial
-        work = dist.all_reduce(dhidden, group=group, async_op=True)
+    with _beside(dhidden.device) as join:
+        if sequence_parallel:
+            _reduce_scatter(dhidden, dhidden_partial, group=group)
+        else:
+            dist.all_reduce(dhidden, group=group)
 
     def finish() -> Tensor:
-        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+        join()
         return dhidden
 
     return finish
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Let the messages inside run at a time with what is launched next, until what is given makes the device wait."""
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(current)
+    begun = side.record_event()
+    with torch.cuda.stream(side):
+        yield lambda: current.wait_stream(side)
+    # A product that comes first takes all processors, and leaves none for a message before it ends.
+    current.wait_event(begun)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: its kernels are few, and others wait for them."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def gather_row_counts(linear_weight: Tensor, group: ProcessGroup | None) -> list[int]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Larger than any id, also when the start of a shard is added to it.
 _NO_CLASS = 2**62
+# fp32 counts to 2²⁴, so a number of classes travels as two digits in this base.
+DIGIT = 2**12
 
 
 class Wanted(NamedTuple):
@@ -85,16 +87,24 @@ class TokenStats(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """The plain cross-entropy, and what else is read off its tokens."""
+    """The plain cross-entropy, and what else is read off the parts that make up the whole vocabulary."""
 
     loss: Tensor
     """[T], or [] reduced; 0 for tokens that are ignored."""
+
+    max_logit: Tensor
+    sum_exp: Tensor
+    owners: Tensor
+    """As in :class:`PartStats`, of the whole."""
 
     num_valid: Tensor
     """[] how many tokens are not ignored, in the dtype of the loss; 1 if none is, so that it can divide."""
 
     owned_once: Tensor
     """[] whether each of their targets has exactly one owner."""
+
+    num_classes: Tensor | None
+    """[] how many classes the parts hold, int64; None: it was not said."""
 
 
 class DlogitsCoefficients(NamedTuple):
@@ -191,11 +201,19 @@ def _finite(shift: Tensor) -> Tensor:
 
 def merge_stats(parts: PartStats) -> PartStats:
     """Merge disjoint parts, stacked along a first dimension of every field."""
+    if len(parts.max_logit) == 1:
+        return PartStats._make(None if field is None else field[0] for field in parts)
     max_logit = parts.max_logit.amax(dim=0)
     aligned = measured_from(parts, max_logit)
     sums = [None if field is None else field.sum(dim=0) for field in aligned[1:-1]]
     argmax = None if aligned.argmax is None else aligned.argmax.amin(dim=0)
     return PartStats._make([max_logit, *sums, argmax])
+
+
+def count_classes(rows: Tensor) -> Tensor:
+    """How many classes parts hold, from the two digits ``[P, 2]`` of each."""
+    high, low = rows.sum(dim=0).to(torch.int64).unbind()
+    return torch.add(low, high, alpha=DIGIT)
 
 
 def whole_stats(whole: PartStats) -> TokenStats:
