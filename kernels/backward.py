@@ -20,15 +20,17 @@ from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper
 from vocab_parallel_fused.kernels.configs import tile_config
 from vocab_parallel_fused.kernels.kept import kept_dlogits
-from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, sweep_grads
+from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
+    aligned,
     current_arch,
     log2_from,
     logits_tile,
     num_processors,
     operand_kwargs,
+    rows_per_copy,
     tile_position,
     times_derivative,
     transform_kwargs,
@@ -229,22 +231,27 @@ def local_grads(
         )
         coefficients = coefficients._replace(grad_target_logit=total)
 
+    tiles_head = head._replace(hidden=aligned(hidden))
+
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
         level, slope, grad_logit_sum, _ = coefficients.of(tokens)
         of_tokens = {"max_ptr": max_logit[tokens], "level_ptr": level, "slope_ptr": slope}
-        block = head.block(tokens, rows)
-        if hopper.takes(block, arch) and grad_logit_sum is None:
-            hopper.launch_tiles(block, out, **of_tokens)
-        else:
-            num_tiles = triton.cdiv(out.shape[0], tile.block_t) * triton.cdiv(out.shape[1], tile.block_v)
-            dlogits_kernel[(num_tiles,)](
-                class_weight_ptr=None if class_weight is None else class_weight[rows],
-                grad_logit_sum_ptr=grad_logit_sum,
-                dlogits_ptr=out,
-                stride_dlogits_t=out.stride(0),
-                **of_tokens,
-                **operand_kwargs(block, arch, tile),
-            )
+        for part in slices(rows.stop, rows_per_copy(weight), rows.start):
+            block = tiles_head.block(tokens, part)
+            block = block._replace(weight=aligned(block.weight))
+            out_part = out[:, part.start - rows.start : part.stop - rows.start]
+            if hopper.takes(block.hidden, arch) and grad_logit_sum is None:
+                hopper.launch_tiles(block, out_part, **of_tokens)
+            else:
+                num_tiles = triton.cdiv(out_part.shape[0], tile.block_t) * triton.cdiv(out_part.shape[1], tile.block_v)
+                dlogits_kernel[(num_tiles,)](
+                    class_weight_ptr=None if class_weight is None else class_weight[part],
+                    grad_logit_sum_ptr=grad_logit_sum,
+                    dlogits_ptr=out_part,
+                    stride_dlogits_t=out.stride(0),
+                    **of_tokens,
+                    **operand_kwargs(block, arch, tile),
+                )
         write_targets(tokens, rows.start, out)
 
     def write_targets(tokens: slice, first_row: int, out: Tensor, scale: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ reference ``r`` must be known before the first tile: it is the largest of a few 
 that nobody wants.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
     LOG2E,
+    aligned,
     current_arch,
     log2_from,
     logits_tile,
     num_processors,
     operand_kwargs,
     product_precision,
+    rows_per_copy,
     rows_product,
     tile_position,
     times_derivative,
@@ -261,6 +264,7 @@ def target_logit_kernel(
     BLOCK_H: tl.constexpr,
     TRANSFORM: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """The diagonal of a tile whose rows are tokens and whose columns are a target of each, so that every sum over H
     runs in the order it has in `partial_stats_kernel`: what rounding does to the largest logits and to a confident
@@ -287,6 +291,7 @@ def target_logit_kernel(
         BLOCK_T,
         BLOCK_H,
         PRECISION,
+        ALIGNMENT,
     )
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + rows_v).to(tl.float32)[None, :]
@@ -311,7 +316,9 @@ def local_stats(
         return empty_stats(target_row, torch.float32, wanted), None
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype, T)
-    numbers = iter(hidden.new_empty(2 + 2 * wanted.logit_sum + wanted.expected_logit, T, dtype=torch.float32))
+    head = head._replace(hidden=aligned(hidden))
+    # Not parts of one tensor, of which a cache would hold all.
+    numbers = (hidden.new_empty(T, dtype=torch.float32) for _ in range(5))
     stats = PartStats(
         next(numbers),
         next(numbers),
@@ -334,7 +341,7 @@ def local_stats(
         "argmax": stats.argmax,
     }
     num_wanted = sum(field is not None for field in reduced.values())
-    on_hopper = hopper.takes(head, arch) and not (wanted.logit_sum or wanted.argmax)
+    on_hopper = hopper.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
     block_v = hopper.BLOCK_V if on_hopper else tile.block_v
@@ -351,10 +358,12 @@ def local_stats(
             strip, chunk = 1, whole_waves(tiles_v, most_partials, tiles_t, num_processors(hidden.device))
             if on_hopper:
                 strip, chunk = -(-tiles_v // most_partials), tiles_v
+            chunk = min(chunk, max(1, rows_per_copy(weight) // block_v))
             for rows in slices(part.stop, chunk * block_v, part.start):
                 num_partials = -(-(rows.stop - rows.start) // (strip * block_v))
                 partials = _empty_partials(of_tokens, num_partials)
                 block = head.block(tokens, rows)
+                block = block._replace(weight=aligned(block.weight))
                 exps = reference = None
                 if cache is not None and rows.start < num_kept:
                     exps, reference = cache.exps[tokens, rows], cache.reference[tokens]
@@ -419,7 +428,7 @@ def _target_logits(
         None if cache is None else cache.reference,
         T,
         weight.shape[0],
-        hidden.shape[1],
+        weight.shape[1],
         num_targets,
         0 if cache is None else cache.reference.shape[0],
         hidden.stride(0),
@@ -428,6 +437,7 @@ def _target_logits(
         weight.stride(1),
         **{
             "PRECISION": product_precision(hidden.dtype, arch),
+            "ALIGNMENT": math.gcd(weight.shape[1], hidden.stride(0), weight.stride(0), 16 // weight.element_size()),
             **transform_kwargs(transform),
             **target_launch(arch, tile),
         },

@@ -33,7 +33,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vocab_parallel_fused.kernels.configs import is_describable
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
@@ -296,17 +295,10 @@ def tiles_kernel(
     )  # fmt: skip
 
 
-def takes(head: Operands, arch: str) -> bool:
-    """Whether this kernel computes the head's tiles: on Hopper, in 16 bits, if the copy engine can read the operands
-    and there are tokens for more than half a tile."""
-    hidden, weight, *_ = head
-    return (
-        arch == "sm_90"
-        and hidden.dtype.itemsize == 2
-        and hidden.shape[0] > BLOCK_T // 2
-        and is_describable(hidden)
-        and is_describable(weight)
-    )
+def takes(hidden: Tensor, arch: str) -> bool:
+    """Whether this kernel computes the tiles of these tokens: on Hopper, in 16 bits, if they are more than half a tile.
+    The operands must be aligned."""
+    return arch == "sm_90" and hidden.dtype.itemsize == 2 and hidden.shape[0] > BLOCK_T // 2
 
 
 def tokens_per_launch(num_rows: int, bytes_per_token: int, partial_bytes: int) -> int:
@@ -343,7 +335,7 @@ def launch_tiles(head: Operands, out: Tensor | None, *, strip: int = 1, **pointe
         out=None if out is None else _descriptor(out, BLOCK_T // 2, STORE_V),
         T=T,
         V=V,
-        H=hidden.shape[1],
+        H=min(hidden.shape[1], weight.shape[1]),
         strip=strip,
         **(every | wanted | {"bias_ptr": bias}),
         **transform_kwargs(transform),

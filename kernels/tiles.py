@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,6 +14,9 @@ from vocab_parallel_fused.kernels.configs import TileConfig, has_tensor_descript
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
 INTERPRETED: bool = knobs.runtime.interpret
+# Rows are copied so many bytes at a time, in whole tiles, with a number of columns that is a multiple of the second.
+_COPY_BYTES = 32 * 2**20
+_COPY_ROWS, _COPY_COLUMNS = 256, 64
 # Kernels may read globals that are constexpr.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -76,6 +80,7 @@ def logits_tile(
             BLOCK_V,
             BLOCK_H,
             PRECISION,
+            1,
         )
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
@@ -132,8 +137,13 @@ def rows_product(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """x_t · w_v [BLOCK_T, BLOCK_V] in fp32 for any rows, each product summed over H in the order of `logits_tile`."""
+    # The compiler sees what divides these numbers, and loads so many elements at a time.
+    H = H // ALIGNMENT * ALIGNMENT
+    stride_hidden_t = stride_hidden_t // ALIGNMENT * ALIGNMENT
+    stride_weight_v = stride_weight_v // ALIGNMENT * ALIGNMENT
     z = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     offs_h = tl.arange(0, BLOCK_H)
     hidden_ptrs = hidden_ptr + rows_t.to(tl.int64)[:, None] * stride_hidden_t + offs_h[None, :] * stride_hidden_h
@@ -183,6 +193,31 @@ def whole_waves(total: int, most: int, width: int, processors: int) -> int:
     return min(range(most, most // 2, -1), key=waves)
 
 
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether its rows start where loads are fast: at a whole number of 32 bytes from each other."""
+    return is_describable(matrix) and matrix.stride(0) * matrix.element_size() % 32 == 0
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or where it is not aligned, as a transpose or one of an odd hidden size, a copy with zeros in further
+    columns."""
+    if is_aligned(matrix):
+        return matrix
+    rows, columns = matrix.shape
+    copy = matrix.new_empty(rows, -(-columns // _COPY_COLUMNS) * _COPY_COLUMNS)
+    copy[:, columns:].zero_()
+    copy[:, :columns] = matrix
+    return copy
+
+
+def rows_per_copy(weight: Tensor) -> int:
+    """How many rows to take at a time where each block is to be :func:`aligned`."""
+    rows, columns = weight.shape
+    if is_aligned(weight):
+        return rows
+    return max(1, _COPY_BYTES // (columns * weight.element_size() * _COPY_ROWS)) * _COPY_ROWS
+
+
 def operand_kwargs(head: Operands, arch: str, tile: TileConfig) -> dict[str, Any]:
     """The arguments of a launch that `logits_tile` needs, tile sizes included."""
     hidden, weight, bias, transform = head
@@ -193,7 +228,7 @@ def operand_kwargs(head: Operands, arch: str, tile: TileConfig) -> dict[str, Any
         "bias_ptr": bias,
         "T": hidden.shape[0],
         "V": weight.shape[0],
-        "H": hidden.shape[1],
+        "H": min(hidden.shape[1], weight.shape[1]),
         "stride_hidden_t": hidden.stride(0),
         "stride_hidden_h": hidden.stride(1),
         "stride_weight_v": weight.stride(0),

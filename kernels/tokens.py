@@ -120,7 +120,8 @@ def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_ind
     """As ``eager.token_loss``."""
     P, T = parts.max_logit.shape
     loss = target.new_empty(T if reduction == "none" else (), dtype=torch.float32)
-    max_logit, sum_exp, owners = torch.empty(3, T, dtype=torch.float32, device=target.device)
+    # Not parts of one tensor, of which the backward would hold all.
+    max_logit, sum_exp, owners = (loss.new_empty(T) for _ in range(3))
     num_valid, owned_once = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
     num_classes = None if rows is None else loss.new_empty((), dtype=torch.int64)
     token_loss_kernel[(1,)](

@@ -194,7 +194,8 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
             compiler.build(kernel, types, constants | _absent(everything, present), options, f"{about} {present}")
 
     gathered = types | {"hidden_ptr": pointer, "weight_ptr": pointer}
-    target_constants = {"PRECISION": precision, **forward.target_launch(compiler.arch, tile)} | own_constants
+    target_constants = {"PRECISION": precision, "ALIGNMENT": 1, **forward.target_launch(compiler.arch, tile)}
+    target_constants |= own_constants
     stages = {"num_stages": target_constants.pop("num_stages")}
     del target_constants["USE_DESCRIPTORS"]
     compiler.build(forward.target_logit_kernel, gathered, target_constants, stages, about)

@@ -494,3 +494,15 @@ def test_inside_a_compiled_function(device: torch.device) -> None:
     torch.testing.assert_close(actual, expected)
     grads = [torch.autograd.grad(value, (problem.hidden, problem.weight)) for value in (actual, expected)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rows_that_are_copied_in_several_parts(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hidden size that is no multiple of 16, and more rows than are brought into aligned memory at a time."""
+    tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
+    monkeypatch.setattr(tiles, "_COPY_BYTES", 1)
+    problem = make_problem(40, 33, 2 * tiles._COPY_ROWS + 77, dtype=dtype, device=device)
+    assert not tiles.is_aligned(problem.weight)
+    assert_matches_full_logits(problem, run(problem, "triton"))
