@@ -130,7 +130,7 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def check_sequence_parallel(workloads: Sequence[Workload], ranks: int, parser: argparse.ArgumentParser) -> None:
     if ranks == 1:
-        parser.error("--sequence-parallel needs several ranks: start them with torchrun")
+        parser.error("--sequence-parallel needs several ranks: start them with torchrun, mpirun or srun")
     for workload in workloads:
         if workload.T % ranks:
             parser.error(

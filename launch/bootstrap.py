@@ -1,4 +1,4 @@
-"""How a script becomes one rank of several: it reads what its launcher has put into the environment."""
+"""How a script becomes one rank of several, whichever launcher has started it: torchrun, mpirun or srun."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from launchers import Launch, find_launch, publish
 from torch.distributed import ProcessGroup
 
 
@@ -36,34 +37,46 @@ class Context:
 
 @contextmanager
 def distributed() -> Iterator[Context]:
-    """Join the ranks that torchrun started, one GPU each and NCCL, or gloo without GPUs; without a launcher, one rank.
+    """Join the ranks that a launcher has started, one GPU each and NCCL, or gloo without GPUs.
+
+    The launcher is torchrun, mpirun or srun, on one machine or several; without one, there is one rank. An error that
+    leaves the block ends the other ranks too: torchrun, and srun with --kill-on-bad-exit=1, see to that themselves.
 
     Raises:
-        RuntimeError: this machine has GPUs, but fewer than ranks.
+        RuntimeError: this machine has GPUs, but fewer than ranks; a launcher's variables are missing or contradict
+            each other; mpirun is used without mpi4py.
     """
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    launch = find_launch()
+    with launch.ending_all_on_error():
+        device = _choose_device(launch)
+        group = None if launch.world_size == 1 else _join(launch, device)
+        yield Context(launch.rank, launch.world_size, launch.local_rank, device, group)
+        # Not after an error: NCCL could wait for ranks that did not have it, and the launcher for this one to end.
+        if group is not None:
+            dist.destroy_process_group()
+
+
+def _choose_device(launch: Launch) -> torch.device:
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if launch.local_rank >= torch.cuda.device_count():
             raise RuntimeError(
-                f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-                "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU"
+                f"local rank {launch.local_rank} has no GPU of its own: it sees {torch.cuda.device_count()}; start one "
+                "rank per GPU and let each see all of its machine (under Slurm --gpus-per-node, not --gpus-per-task), "
+                "or hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        # Ranks that each start a thread per core would fight for the cores.
-        if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-    if world_size == 1:
-        yield Context(rank, world_size, local_rank, device, None)
-        return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    yield Context(rank, world_size, local_rank, device, dist.group.WORLD)
-    # Not after an error: NCCL could wait for ranks that did not have it, and the launcher for this one to end.
-    dist.destroy_process_group()
+        return device
+    # Ranks that each start a thread per core would fight for the cores.
+    if launch.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def _join(launch: Launch, device: torch.device) -> ProcessGroup | None:
+    publish(launch)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, rank=launch.rank, world_size=launch.world_size, store=launch.make_store(), device_id=device_id
+    )
+    return dist.group.WORLD

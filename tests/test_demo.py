@@ -1,7 +1,5 @@
 """launch/demo.py, as a user runs it, with a small vocabulary and few steps."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import text
 import torch
 from demo_report import TOLERANCE, Comparison, Run
+from launching import Launcher, mpirun, torchrun
 from torch import Tensor
 
 from vocab_parallel_fused import VocabParallelLinearCrossEntropy
@@ -19,22 +18,21 @@ RANKS = 1 if torch.cuda.device_count() == 1 else 2
 VOCAB_SIZE = 1025  # uneven on two ranks
 
 
-def test_runs_on_ranks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def losses() -> list[list[str]]:
+    """What each launcher's run printed of them."""
+    return []
+
+
+@pytest.mark.parametrize("launcher", [torchrun, mpirun])
+def test_runs_on_ranks(launcher: Launcher, tmp_path: Path, losses: list[list[str]]) -> None:
     picture = tmp_path / "folder" / "demo.png"
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
-            *(ROOT / "launch" / "demo.py", "--steps=3", f"--vocab-size={VOCAB_SIZE}", f"--output={picture}"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    script = [str(ROOT / "launch" / "demo.py"), "--steps=3", f"--vocab-size={VOCAB_SIZE}", f"--output={picture}"]
+    codes, output = launcher(RANKS, *script)
+    assert codes == [0], output
     rows = {
         cells[0]: cells[1:]
-        for cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in run.stdout.splitlines())
+        for cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines())
         if len(cells) == 3
     }
     local_rows = -(-VOCAB_SIZE // RANKS)
@@ -45,8 +43,10 @@ def test_runs_on_ranks(tmp_path: Path) -> None:
     assert sharded < full
     assert all(float(cell.replace(",", "")) > 0 for cell in rows["tokens/s"])
     assert float(rows["largest difference in 3 steps"][1]) <= TOLERANCE
-    assert str(picture) in run.stdout
+    assert str(picture) in output
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    losses.append([*rows["loss, first step"], *rows["loss, last step"]])
+    assert losses[-1] == losses[0], "another launcher, and other losses"
 
 
 def test_fails_if_the_sharded_head_is_wrong(
