@@ -1,0 +1,524 @@
+"""Converted models of Megatron-Core against themselves as they were, on gloo ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from itertools import product
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vocab_parallel_fused import ComputeOptions
+from vocab_parallel_fused.functional import Reduction
+from vocab_parallel_fused.testing import full_logits_cross_entropy, max_error, run_on_ranks
+
+pytest.importorskip("megatron.core")
+
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron_models import (
+    SMALL_BLOCKS,
+    B,
+    Batch,
+    H,
+    Outcome,
+    S,
+    V,
+    accumulate,
+    attribute_names,
+    converted,
+    data_parallel,
+    forward,
+    make_batch,
+    make_hybrid_model,
+    make_model,
+    set_up,
+    train,
+    without_attention,
+)
+
+from vocab_parallel_fused.megatron import LazyLogits, convert, linear_cross_entropy
+
+# Sums of the same fp32 numbers in another order differ by a few of its units, 1.2e-7.
+TOLERANCE = 1e-5
+
+
+def assert_close(actual: Outcome, expected: Outcome, case: str = "") -> None:
+    for loss, exact in zip(actual.losses, expected.losses, strict=True):
+        assert max_error(loss, exact) < TOLERANCE, f"{case}: loss is off by {max_error(loss, exact):.1e}"
+    assert actual.tensors.keys() == expected.tensors.keys(), case
+    for name, exact in expected.tensors.items():
+        error = max_error(actual.tensors[name], exact)
+        assert error < TOLERANCE, f"{case}: {name} is off by {error:.1e}"
+
+
+def assert_equal(actual: Outcome, expected: Outcome, case: str = "") -> None:
+    for one, other in zip(actual.losses, expected.losses, strict=True):
+        assert torch.equal(one, other), f"{case}: loss"
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(actual.tensors[name], tensor), f"{case}: {name}"
+
+
+def assert_as_good(actual: Outcome, stock: Outcome, exact: Outcome, case: str) -> None:
+    """16-bit results are as far from fp32's as Megatron-Core's own: twice its error, or one rounding of bf16."""
+    for ours, theirs, loss in zip(actual.losses, stock.losses, exact.losses, strict=True):
+        assert max_error(ours, loss) <= 2 * max_error(theirs, loss) + 2**-8, f"{case}: loss"
+    for name, tensor in exact.tensors.items():
+        budget = 2 * max_error(stock.tensors[name], tensor) + 2**-8
+        assert max_error(actual.tensors[name], tensor) <= budget, f"{case}: {name}"
+
+
+def with_and_without_sequence_parallelism(group: ProcessGroup) -> list[bool]:
+    return [False, True] if group.size() > 1 else [False]
+
+
+def product_on_rank(group: ProcessGroup) -> None:
+    set_up(tensor=group.size())
+    batches = [make_batch(seed) for seed in range(2)]
+    sequence_parallel = with_and_without_sequence_parallelism(group)
+    for tied, sp, mtp, main_grad, dtype in product(
+        [False, True], sequence_parallel, [None, 1], [False, True], [torch.float32, torch.bfloat16]
+    ):
+        case = f"{tied=} {sp=} {mtp=} {main_grad=} {dtype=} rank {group.rank()}"
+        settings: dict[str, Any] = {"tied": tied, "sequence_parallel": sp, "mtp": mtp, "main_grad": main_grad}
+        model = make_model(**settings, dtype=dtype)
+        wrapped = data_parallel(model)
+        stock = accumulate(wrapped, batches)
+        state, attributes = model.state_dict(), attribute_names(wrapped)
+        undo = convert(wrapped, options=SMALL_BLOCKS)
+        assert state.keys() == model.state_dict().keys()
+        actual = accumulate(wrapped, batches)
+        undo()
+        assert attribute_names(wrapped) == attributes, "undo leaves something behind"
+        assert_equal(accumulate(wrapped, batches), stock, f"{case}: undo does not restore")
+        if dtype == torch.float32:
+            assert_close(actual, stock, case)
+        else:
+            exact = make_model(**settings)
+            exact.load_state_dict(state)
+            assert_as_good(actual, stock, accumulate(data_parallel(exact), batches), case)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_losses_and_gradients_are_those_of_megatron(world_size: int) -> None:
+    """All combinations of tied embeddings, sequence parallelism, multi-token prediction, main_grad and dtype."""
+    run_on_ranks(product_on_rank, world_size)
+
+
+def training_on_rank(group: ProcessGroup, sizes: dict[str, int]) -> None:
+    set_up(**sizes)
+    spec = without_attention() if "context" in sizes else None
+    for tied, sp in product([False, True], [False, True]):
+        # With these heads and an embedding tied over stages, Megatron-Core makes an output weight that it does not use,
+        # and its own overlap fails on it.
+        mtp = None if tied and "pipeline" in sizes else 1
+        settings: dict[str, Any] = {"tied": tied, "sequence_parallel": sp, "main_grad": True, "mtp": mtp, "spec": spec}
+        stock = train(make_model(**settings))
+        model = make_model(**settings)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        convert(model, options=SMALL_BLOCKS)
+        actual = train(model)
+        assert len(actual.losses) == (9 if parallel_state.is_pipeline_last_stage() else 0)
+        assert all((p - before[name]).abs().max() > 1e-3 for name, p in actual.tensors.items()), "nothing was learnt"
+        assert_close(actual, stock, f"{sizes} {tied=} {sp=} rank {group.rank()}")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pipeline": 2}, {"context": 2}], ids=["data", "pipeline", "context"])
+def test_training_follows_megatron(sizes: dict[str, int]) -> None:
+    """Steps of the real optimizer on four ranks, two of them for tensor parallelism and two for another.
+
+    Data: each replica has half of the optimizer's state, and its gradients are reduced while others are computed.
+    Pipeline: forward and backward alternate over the stages; the last one has its own copy of a tied embedding.
+    Context: hidden states and labels are those of half of each sequence.
+    """
+    run_on_ranks(training_on_rank, 4, {"tensor": 2} | sizes)
+
+
+def details_on_rank(group: ProcessGroup) -> None:
+    set_up(tensor=group.size())
+    for check in (
+        memory_on_rank,
+        logits_on_rank,
+        lazy_logits_on_rank,
+        inference_on_rank,
+        frozen_on_rank,
+        scale_on_rank,
+        accumulation_on_rank,
+        packed_on_rank,
+        hybrid_on_rank,
+        stages_on_rank,
+        checkpoints_on_rank,
+        copies_on_rank,
+        refusals_on_rank,
+        function_on_rank,
+    ):
+        check(group)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_details(world_size: int) -> None:
+    run_on_ranks(details_on_rank, world_size)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of a tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+def memory_on_rank(group: ProcessGroup) -> None:
+    """No operation of a training step returns as much as a quarter of the shard's logits."""
+    # The shard is larger than the tile of the forward, and the tokens more than the hidden size: the weight is smaller.
+    rows, sequence = 8192, 4 * H
+    vocab_size = rows * group.size()
+    batch = make_batch(0, sequence=sequence, vocab_size=vocab_size)
+    of_logits = B * sequence * rows
+    for sp, main_grad in product(with_and_without_sequence_parallelism(group), [False, True]):
+        model = make_model(tied=True, sequence_parallel=sp, main_grad=main_grad, mtp=1, vocab_size=vocab_size)
+        wrapped = data_parallel(model)
+        undo = convert(wrapped, options=ComputeOptions(workspace_bytes=2**17))
+        with LargestTensor() as largest:
+            accumulate(wrapped, [batch])
+        assert largest.numel < of_logits / 4, (sp, main_grad, largest.numel)
+        undo()
+        with LargestTensor() as largest:
+            accumulate(wrapped, [batch])
+        assert largest.numel >= of_logits, "the watch does not see Megatron's own logits"
+
+
+def logits_on_rank(group: ProcessGroup) -> None:
+    """Without labels the logits have the bits of the model that was not converted."""
+    batch = make_batch(0)
+    for sp, dtype in product(with_and_without_sequence_parallelism(group), [torch.float32, torch.bfloat16]):
+        model = make_model(tied=True, sequence_parallel=sp, dtype=dtype)
+        for gather in (None, False, True):
+            expected = forward(model, batch, None, runtime_gather_output=gather)
+            with converted(model):
+                assert torch.equal(forward(model, batch, None, runtime_gather_output=gather), expected)
+            assert expected.shape[-1] == (V if gather else V // group.size())
+
+
+def lazy_logits_on_rank(group: ProcessGroup) -> None:
+    """What stands for the logits answers as they would, and makes them only if it must."""
+    batch = make_batch(0)
+    for sp, dtype in product(with_and_without_sequence_parallelism(group), [torch.float32, torch.bfloat16]):
+        model = make_model(sequence_parallel=sp, dtype=dtype)
+        layer, all_hidden = model.output_layer, torch.randn(S, B, H).to(dtype)
+        hidden = all_hidden.chunk(group.size())[group.rank()] if sp else all_hidden
+        logits, _ = ColumnParallelLinear.forward(layer, hidden)
+        with converted(model):
+            lazy, _ = layer(hidden)
+            later, _ = layer(hidden)
+            assert isinstance(lazy, LazyLogits)
+            assert lazy.shape == logits.shape
+            assert lazy.size() == logits.shape
+            assert lazy.size(-1) == logits.shape[-1]
+            scaled = lazy * 0.25
+            largest = scaled.max(dim=-1)
+            exact = 0.25 * torch.nn.functional.linear(all_hidden.double(), layer.weight.double())
+            assert torch.equal(largest.indices, exact.argmax(dim=-1))
+            assert torch.equal(torch.argmax(scaled, dim=-1), largest.indices)
+            assert max_error(largest.values, exact.amax(dim=-1)) < 2 * torch.finfo(dtype).eps
+            assert "materialized" not in vars(scaled), "the largest logits were taken from all of them"
+            assert torch.equal(torch.softmax(scaled, dim=-1), torch.softmax(logits * 0.25, dim=-1))
+            assert torch.equal(scaled[0] + 1, (logits * 0.25)[0] + 1)
+            assert torch.equal(scaled.max(dim=0).values, (logits * 0.25).max(dim=0).values)
+            assert torch.equal(lazy * torch.ones(()), logits)
+            layer.sequence_parallel = False  # as inference does between its calls
+            assert torch.equal(later.transpose(0, 1), logits.transpose(0, 1))
+            layer.sequence_parallel = sp
+            # Logits that somebody holds may have been changed: the loss is that of the changed ones.
+            changed = later.mul_(0.5).clone()
+            losses = [model.compute_language_model_loss(batch.labels.clamp(min=0), x) for x in (later, changed)]
+            assert torch.equal(*losses)
+
+
+def inference_on_rank(_group: ProcessGroup) -> None:
+    """Prefill and decoding give the bits of the model that was not converted."""
+    model, batch = make_model().eval(), make_batch(0)
+
+    def decode() -> list[Tensor]:
+        context = StaticInferenceContext(B, S)
+        logits = []
+        with torch.no_grad():
+            for start, stop in ((0, 4), (4, 5), (5, 6)):
+                mask = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)[None, None]
+                tokens, position = batch.tokens[:, start:stop], batch.position[:, start:stop]
+                keywords = {"inference_context": context, "runtime_gather_output": True}
+                logits.append(model(tokens, position, mask, **keywords))
+                context.increment_sequence_len_offset(stop - start)
+        return logits
+
+    expected = decode()
+    with converted(model):
+        actual = decode()
+    assert expected[-1].shape == (B, 1, V)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def frozen_on_rank(group: ProcessGroup) -> None:
+    """A head without gradient changes no gradient of the others, and its own memory is left alone."""
+    batches = [make_batch(seed) for seed in range(2)]
+    for sp, main_grad in product(with_and_without_sequence_parallelism(group), [False, True]):
+        model = make_model(sequence_parallel=sp, main_grad=main_grad)
+        weight = model.output_layer.weight.requires_grad_(False)
+        weight.main_grad = torch.zeros(())
+        wrapped = data_parallel(model)
+        stock = accumulate(wrapped, batches)
+        with converted(wrapped):
+            assert_close(accumulate(wrapped, batches), stock, f"frozen {sp=} {main_grad=}")
+        assert weight.grad is None
+        assert not weight.main_grad.any()
+
+        # Detached: the model's own layer is called with a weight that has no history.
+        model = make_model(sequence_parallel=sp, main_grad=main_grad)
+        generator = torch.Generator().manual_seed(group.rank() if sp else 0)
+        hidden = torch.randn(S // (group.size() if sp else 1), B, H, generator=generator).requires_grad_()
+        dhidden = []
+        for context in (contextlib.nullcontext(), converted(model)):
+            with context:
+                logits, _ = model.output_layer(hidden, weight=model.output_layer.weight.detach())
+                loss = model.compute_language_model_loss(batches[0].labels.clamp(min=0), logits)
+            dhidden.append(torch.autograd.grad(loss, hidden, batches[0].mask)[0])
+        assert max_error(dhidden[1], dhidden[0]) < TOLERANCE
+
+
+def scale_on_rank(_group: ProcessGroup) -> None:
+    """A factor of the logits, as models under μP have it, which scales both gradients too."""
+    batches = [make_batch(seed) for seed in range(2)]
+    model = make_model()
+    layer = model.output_layer
+    results = []
+    for context in (contextlib.nullcontext(), converted(model)):
+        hidden = torch.randn(S, B, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with context:
+            logits, _ = layer(hidden)
+            loss = model.compute_language_model_loss(batches[0].labels.clamp(min=0), 0.5 * logits * 0.25)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, layer.weight), batches[0].mask)))
+    for expected, actual in zip(*results, strict=True):
+        assert max_error(actual, expected) < TOLERANCE
+
+    if hasattr(model.config, "use_mup"):
+        model = make_model(mtp=1, use_mup=True, mup_base_hidden_size=H // 4)
+        assert model.config.mup_output_mult == 0.25
+        stock = accumulate(model, batches)
+        with converted(model):
+            assert_close(accumulate(model, batches), stock, "μP")
+
+
+def accumulation_on_rank(group: ProcessGroup) -> None:
+    """The other kinds of ``main_grad``: in 16 bit, and of Megatron-FSDP, which gives it out only in the backward."""
+    batches = [make_batch(seed) for seed in range(2)]
+    name = "output_layer.weight"
+    wrapped = data_parallel(make_model(main_grad=True, dtype=torch.bfloat16))
+    with converted(wrapped):
+        dweight = accumulate(wrapped, batches).tensors[name]
+    assert not torch.equal(dweight, dweight.bfloat16().float()), "a gradient was rounded before it was added"
+
+    for sp in with_and_without_sequence_parallelism(group):
+        model = make_model(sequence_parallel=sp, main_grad=True, dtype=torch.bfloat16)
+        wrapped = data_parallel(model, grad_reduce_in_fp32=False)
+        stock = accumulate(wrapped, batches)
+        with converted(wrapped):
+            actual = accumulate(wrapped, batches)
+        dweight, exact = actual.tensors[name], stock.tensors[name]
+        assert dweight.dtype == torch.bfloat16
+        assert max_error(dweight, exact) < 2**-6
+
+        buffers = []
+        for fused in (False, True):
+            model = make_model(sequence_parallel=sp, main_grad=True)
+            if fused:
+                convert(model, options=SMALL_BLOCKS)
+            for parameter in model.parameters():
+                parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter), False
+            weight, buffer = model.output_layer.weight, torch.full_like(model.output_layer.weight, 7.0)
+            weight.__fsdp_param__, weight.get_main_grad = True, lambda buffer=buffer: buffer
+            loss = forward(model, batches[0], batches[0].labels)
+            (loss * batches[0].mask).sum().backward()
+            assert weight.main_grad is buffer
+            assert weight.grad_added_to_main_grad
+            assert weight.grad.shape == weight.shape
+            buffers.append(buffer)
+        assert max_error(buffers[1], buffers[0]) < TOLERANCE
+
+
+def packed_on_rank(group: ProcessGroup) -> None:
+    """Sequences packed into one, ``[t, 1, H]`` and ``[1, t]``."""
+    batch = Batch(*(tensor.reshape(1, -1) for tensor in make_batch(0)))
+    starts = torch.tensor([0, S, 2 * S], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    for sp in with_and_without_sequence_parallelism(group):
+        model = make_model(sequence_parallel=sp, mtp=1, spec=without_attention())
+        stock = accumulate(model, [batch], packed_seq_params=packed)
+        with converted(model):
+            assert_close(accumulate(model, [batch], packed_seq_params=packed), stock, f"packed {sp=}")
+
+
+def hybrid_on_rank(group: ProcessGroup) -> None:
+    batches = [make_batch(seed) for seed in range(2)]
+    for sp in with_and_without_sequence_parallelism(group):
+        model = make_hybrid_model(sequence_parallel=sp)
+        stock, logits = accumulate(model, batches), forward(model, batches[0], None)
+        with converted(model):
+            assert_close(accumulate(model, batches), stock, f"hybrid {sp=}")
+            assert torch.equal(forward(model, batches[0], None), logits)
+
+
+def stages_on_rank(_group: ProcessGroup) -> None:
+    """Chunks without an output layer are left alone, and those with one are converted."""
+    chunks = [make_model(post_process=False), make_model(pre_process=False)]
+    before = [attribute_names(chunk) for chunk in chunks]
+    undo = convert(chunks)
+    assert attribute_names(chunks[0]) == before[0]
+    assert attribute_names(chunks[1]) != before[1]
+    undo()
+    assert attribute_names(chunks[1]) == before[1]
+
+
+def checkpoints_on_rank(_group: ProcessGroup) -> None:
+    """What a converted model saves, one that is not converted loads, in both of Megatron-Core's ways."""
+    batch = make_batch(0)
+    for tied in (False, True):
+        model = make_model(tied=tied, mtp=1)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        expected, sharded = accumulate(model, [batch]), model.sharded_state_dict()
+        with converted(model):
+            file = io.BytesIO()
+            torch.save(model.state_dict(), file)
+            file.seek(0)
+            assert {name: str(part) for name, part in model.sharded_state_dict().items()} == {
+                name: str(part) for name, part in sharded.items()
+            }
+        other = make_model(tied=tied, mtp=1)
+        other.load_state_dict(torch.load(file))
+        assert_equal(accumulate(other, [batch]), expected)
+
+
+def copies_on_rank(_group: ProcessGroup) -> None:
+    """Copies of a converted layer use their own weights."""
+    model = make_model()
+    layer = model.output_layer
+    layer.tp_group = None  # process groups cannot be copied,
+    layer._load_state_dict_pre_hooks.clear()  # nor the layer's own hook be pickled
+    layer.config = None
+    with converted(model):
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            lazy, _ = copied(torch.ones(S, B, H))
+            assert lazy.layer is copied
+            assert lazy.weight is copied.weight
+            assert torch.equal(copied.weight, layer.weight)
+
+
+def refusals_on_rank(group: ProcessGroup) -> None:
+    def refused(model: Any, error: type[Exception], name: str) -> None:
+        before = attribute_names(model)
+        with pytest.raises(error, match=name):
+            convert(model)
+        assert attribute_names(model) == before, "a refused model was changed"
+
+    def change(function: Callable[[Any], None]) -> Any:
+        model = make_model()
+        function(model)
+        return model
+
+    config: dict[str, Any] = {
+        "defer_embedding_wgrad_compute": True,
+        "config_logger_dir": "folder",
+        "cross_entropy_fusion_impl": "linear",
+    }
+    layer = {"skip_bias_add": True, "disable_grad_reduce": True, "explicit_expert_comm": True, "gtp_remat_size": 2}
+    for name, value in config.items():
+        refused(change(lambda m, name=name, value=value: setattr(m.config, name, value)), ValueError, f"config.{name}")
+    for name, value in layer.items():
+        refused(
+            change(lambda m, name=name, value=value: setattr(m.output_layer, name, value)),
+            ValueError,
+            f"output_layer.{name}",
+        )
+    gathered = change(lambda m: setattr(m.output_layer, "gather_output", True))
+    if group.size() > 1:
+        refused(gathered, ValueError, "gather_output")
+    else:
+        convert(gathered)  # nothing to gather
+
+    class Capped(ColumnParallelLinear):
+        def forward(self, *args: Any, **keywords: Any) -> Any:
+            return super().forward(*args, **keywords)
+
+    refused(change(lambda m: setattr(m.output_layer, "__class__", Capped)), TypeError, "output_layer.*Capped")
+    # The dev branch's layer has a forward of its own, which without its own keywords is that of its base.
+    Capped.forward.__module__ = "megatron.core.transformer.linear_cross_entropy"
+    Capped.forward.__qualname__ = "LinearCrossEntropyModule.forward"
+    convert(change(lambda m: setattr(m.output_layer, "__class__", Capped)))
+
+    class OwnLoss(type(make_model())):
+        def compute_language_model_loss(self, *args: Any) -> Any:
+            return super().compute_language_model_loss(*args)
+
+    refused(change(lambda m: setattr(m, "__class__", OwnLoss)), TypeError, "OwnLoss.compute_language_model_loss")
+
+    class Wrapped(FSDPModule, ColumnParallelLinear):
+        pass
+
+    refused(change(lambda m: setattr(m.output_layer, "__class__", Wrapped)), ValueError, "fully_shard")
+    model = make_model()
+    with converted(model):
+        refused(model, ValueError, "converted")
+        model.output_layer.__class__ = Wrapped  # after the conversion
+        with pytest.raises(ValueError, match="fully_shard"):
+            forward(model, make_batch(0), None)
+
+    refused(torch.nn.Linear(2, 2), TypeError, "LanguageModule.*Linear")
+    with pytest.raises(TypeError, match=r"model must be .* got int"):
+        convert(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"options must be .* got dict"):
+        convert(make_model(), options={})  # pyright: ignore[reportArgumentType]
+
+
+def function_on_rank(group: ProcessGroup) -> None:
+    """The function of Megatron-Core's dev branch."""
+    names = ["hidden", "weight", "labels", "tp_group", "reduction", "ignore_index", "sequence_parallel"]
+    assert list(inspect.signature(linear_cross_entropy).parameters) == names
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(S, B, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator)
+    labels = torch.randint(V, (S, B), generator=generator)
+    labels[2] = 7
+    for sp, reduction in product(with_and_without_sequence_parallelism(group), get_args(Reduction)):
+        part = hidden.chunk(group.size())[group.rank()] if sp else hidden
+        full, rows = hidden.double().requires_grad_(), weight.double().requires_grad_()
+        local, local_rows = part.clone().requires_grad_(), weight.chunk(group.size())[group.rank()].requires_grad_()
+        expected = full_logits_cross_entropy(full, rows, labels, reduction=reduction, ignore_index=7)
+        upstream = torch.randn(expected.shape, generator=generator)
+        actual = linear_cross_entropy(local, local_rows, labels, group, reduction, 7, sp)
+        dhidden, dweight = torch.autograd.grad(expected, (full, rows), upstream.double())
+        if sp:
+            dhidden = dhidden.chunk(group.size())[group.rank()]
+        for one, exact in zip(
+            (actual, *torch.autograd.grad(actual, (local, local_rows), upstream)),
+            (expected, dhidden, dweight.chunk(group.size())[group.rank()]),
+            strict=True,
+        ):
+            assert max_error(one, exact) < TOLERANCE

@@ -1,0 +1,329 @@
+"""Plug-in for Megatron-Core: its models train with the fused loss, and are otherwise what they were.
+
+Every language model of Megatron-Core, in every version from 0.16.1 on, computes its loss in two calls:
+
+    logits, _ = self.output_layer(hidden, weight=…, runtime_gather_output=…)      # [s, b, V_local]
+    loss = self.compute_language_model_loss(labels, logits)                       # labels and loss [b, s]
+
+:func:`convert` replaces these two, on the instances: the first then returns :class:`LazyLogits`, a note of what the
+logits would be made of, and the second gives that to :func:`vocab_parallel_fused.linear_cross_entropy`. Modules,
+parameters, hooks and checkpoints stay as they are. With ``s`` the sequence length and ``b`` the batch size, hidden
+states are ``[s, b, H]``, or ``[s / R, b, H]`` under sequence parallelism.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
+
+from vocab_parallel_fused import functional
+from vocab_parallel_fused.collectives import Group, gather_hidden, rank_and_size, resolve_group
+from vocab_parallel_fused.functional import Reduction
+from vocab_parallel_fused.options import ComputeOptions
+
+_IGNORED = -100
+
+# Settings under which more than the loss uses the head's logits or its gradients, with the values that do not.
+_OF_CONFIG: dict[str, tuple[Any, ...]] = {
+    "defer_embedding_wgrad_compute": (False,),  # the weight's gradient is made elsewhere, of stored dlogits
+    "config_logger_dir": ("",),  # logits are written to disk
+    "cross_entropy_fusion_impl": ("native", "te"),  # "linear": the head is asked for losses, not logits
+}
+_OF_LAYER: dict[str, tuple[Any, ...]] = {
+    "skip_bias_add": (False,),
+    "disable_grad_reduce": (False,),
+    "explicit_expert_comm": (False,),
+    "gtp_remat_size": (1,),  # the weight is gathered for the forward of its layer alone
+}
+# The dev branch's layer can compute losses too, and otherwise does what its base does.
+_FORWARDS = (
+    "megatron.core.tensor_parallel.layers.ColumnParallelLinear.forward",
+    "megatron.core.transformer.linear_cross_entropy.LinearCrossEntropyModule.forward",
+)
+
+
+def convert(model: nn.Module | Sequence[nn.Module], *, options: ComputeOptions | None = None) -> Callable[[], None]:
+    """Let the language models in ``model`` compute their losses without logits.
+
+    For released Megatron-Core from 0.16.1 on: GPT, Mamba and hybrid models with their heads for multi-token
+    prediction, alone or inside others, before or after they are wrapped for data parallelism. Call it on every
+    pipeline stage; those without an output layer are left alone. What the model returns without labels, and what it
+    returns for inference, has the bits that it had; so have its state dict and its parameters. With
+    ``gradient_accumulation_fusion`` the weight's gradient is added to its ``main_grad`` in the product that makes it.
+
+    As in Megatron-Core, rows that pad the vocabulary take part in the softmax. A label outside the vocabulary has loss
+    0 and no gradient: Megatron-Core leaves it to the loss mask to hide such a token.
+
+    Args:
+        model: a model, or the chunks of a virtual pipeline.
+        options: how to compute. ``accumulate_main_grad`` follows the model's own setting.
+
+    Returns:
+        A function of no arguments that makes the model what it was.
+
+    Raises:
+        TypeError: there is no language model, or one that computes its logits or its loss in a way of its own.
+        ValueError: a setting of the model needs logits; the message names it. Nothing has been changed then.
+    """
+    options = ComputeOptions() if options is None else options
+    if not isinstance(options, ComputeOptions):
+        raise TypeError(f"options must be a ComputeOptions or None, got {type(options).__name__}")
+    chunks = [model] if isinstance(model, nn.Module) else model
+    if not isinstance(chunks, Sequence) or not all(isinstance(chunk, nn.Module) for chunk in chunks):
+        raise TypeError(f"model must be a Module or a sequence of them, got {type(model).__name__}")
+    language_models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LanguageModule)]
+    if not language_models:
+        raise TypeError(f"model must hold a LanguageModule of Megatron-Core, got {type(model).__name__}")
+    converted: list[Any] = [module for module in language_models if getattr(module, "output_layer", None) is not None]
+    for module in converted:
+        _check(module)
+    for module in converted:
+        module.output_layer.forward = partial(_forward, module.output_layer)
+        module.compute_language_model_loss = partial(_compute_language_model_loss, module, options)
+
+    def undo() -> None:
+        for module in converted:
+            vars(module.output_layer).pop("forward", None)
+            vars(module).pop("compute_language_model_loss", None)
+
+    return undo
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tp_group: Group = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = _IGNORED,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """The function of this name in ``megatron.core.transformer.linear_cross_entropy`` of Megatron-Core's dev branch.
+
+    Put in its place there, it computes the losses of models with ``cross_entropy_fusion_impl="linear"``.
+
+    Args:
+        hidden: ``[s, b, H]``, or ``[s / R, b, H]`` with ``sequence_parallel``.
+        weight: ``[V_local, H]``.
+        labels: ``[s, b]`` int64 global ids.
+        tp_group: the tensor-parallel group; None: one rank.
+        reduction, ignore_index, sequence_parallel: as in :func:`vocab_parallel_fused.linear_cross_entropy`.
+
+    Returns:
+        The loss in fp32, ``[s, b]`` or ``[]``.
+    """
+    return functional.linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        group=tp_group,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+@dataclass(eq=False, repr=False)
+class LazyLogits:
+    """The logits ``[s, b, V_local]`` of this rank's rows, before anybody needs them.
+
+    To scale them, to ask for their shape, or for the largest of each token computes none. Other methods, indices and
+    torch functions are those of the logits themselves, which then come from Megatron-Core's own forward.
+    """
+
+    layer: ColumnParallelLinear
+    hidden: Tensor  # [s, b, H], or [s / R, b, H] under sequence parallelism
+    weight: Tensor  # [V_local, H]
+    sequence_parallel: bool  # the layer's when it was called, not when logits are needed: inference toggles it
+    scale: float = 1.0
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        return resolve_group(self.layer.tp_group)
+
+    @property
+    def shape(self) -> torch.Size:
+        sequence, batch, _ = self.hidden.shape
+        if self.sequence_parallel:
+            sequence *= rank_and_size(self.group)[1]
+        return torch.Size((sequence, batch, self.weight.shape[0]))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __mul__(self, scale: Any) -> Any:
+        if isinstance(scale, (int, float)):
+            return replace(self, scale=self.scale * scale)
+        return self.materialized * scale
+
+    __rmul__ = __mul__
+
+    def max(self, dim: int | None = None, **keywords: Any) -> Any:
+        """Along the last dimension: the largest logit of this rank's rows and its row, ``[s, b]``, no gradient."""
+        if dim not in (-1, 2) or keywords:
+            return self.materialized.max(*(() if dim is None else (dim,)), **keywords)
+        with torch.no_grad():
+            hidden = gather_hidden(self.hidden, self.group) if self.sequence_parallel else self.hidden
+            stats = functional.linear_token_stats(
+                hidden,
+                self.weight,
+                outputs=("argmax_logit", "argmax"),
+                linear_bias=self.layer.bias,
+                logit_scale=self.scale,
+            )
+        assert stats.argmax_logit is not None
+        assert stats.argmax is not None
+        return torch.return_types.max((stats.argmax_logit.to(hidden.dtype), stats.argmax))
+
+    @cached_property
+    def materialized(self) -> Tensor:
+        """The logits."""
+        layer = self.layer
+        now, layer.sequence_parallel = layer.sequence_parallel, self.sequence_parallel
+        try:
+            logits, _ = ColumnParallelLinear.forward(layer, self.hidden, self.weight, False)
+        finally:
+            layer.sequence_parallel = now
+        return logits if self.scale == 1.0 else logits * self.scale
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # protocols of Python are asked for by copy and pickle, not by users of logits
+        return getattr(self.materialized, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.materialized[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.argmax and isinstance(args[0], LazyLogits) and kwargs == {"dim": -1}:
+            return args[0].max(dim=-1).indices
+        args, kwargs = tree_map_only(LazyLogits, lambda logits: logits.materialized, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _forward(
+    layer: ColumnParallelLinear,
+    input_: Tensor,
+    weight: Tensor | None = None,
+    runtime_gather_output: bool | None = None,
+) -> tuple[Tensor | LazyLogits, Tensor | None]:
+    """``ColumnParallelLinear.forward`` of an output layer whose logits may not be needed."""
+    if runtime_gather_output:
+        return ColumnParallelLinear.forward(layer, input_, weight, runtime_gather_output)
+    _check_weight_stays(layer)  # again: data parallelism may have been set up after the conversion
+    weight = layer.weight if weight is None else weight
+    if weight is None:
+        raise RuntimeError("weight must be given to an output layer that shares the embedding's, got None")
+    return LazyLogits(layer, input_, weight, layer.sequence_parallel), None
+
+
+def _compute_language_model_loss(
+    model: LanguageModule, options: ComputeOptions, labels: Tensor, logits: Tensor | LazyLogits
+) -> Tensor:
+    """``LanguageModule.compute_language_model_loss``, ``[b, s]`` from labels ``[b, s]``."""
+    if isinstance(logits, LazyLogits) and "materialized" in vars(logits):
+        logits = logits.materialized  # whoever asked for them may have changed them
+    if isinstance(logits, Tensor):
+        return LanguageModule.compute_language_model_loss(model, labels, logits)
+    layer, weight, accumulate = logits.layer, logits.weight, False
+    vocab_size = rank_and_size(logits.group)[1] * weight.shape[0]
+    labels = labels.transpose(0, 1).to(torch.int64)
+    if layer.gradient_accumulation_fusion and weight.requires_grad:
+        weight, accumulate = _into_main_grad(weight)
+    loss = functional.linear_cross_entropy(
+        logits.hidden,
+        weight,
+        labels.where((labels >= 0) & (labels < vocab_size), _IGNORED),
+        linear_bias=layer.bias,
+        reduction="none",
+        ignore_index=_IGNORED,
+        logit_scale=logits.scale,
+        group=logits.group,
+        sequence_parallel=logits.sequence_parallel,
+        options=replace(options, accumulate_main_grad=accumulate),
+    )
+    return loss.transpose(0, 1).contiguous()
+
+
+def _into_main_grad(weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight as an input whose gradient ends in ``weight.main_grad``, and whether the op itself shall add it."""
+    alias: Tensor = _MainGrad.apply(weight)  # pyright: ignore[reportAssignmentType]
+    main_grad = getattr(weight, "main_grad", None)
+    in_fp32 = main_grad is not None and main_grad.dtype == torch.float32
+    if not in_fp32 or hasattr(weight, "__fsdp_param__"):
+        return alias, False
+    alias.main_grad = main_grad  # pyright: ignore[reportAttributeAccessIssue]
+    return alias, True
+
+
+class _MainGrad(Function):
+    """The identity, whose backward does with the weight's gradient what Megatron-Core's linear layers do.
+
+    ``main_grad`` is that of the forward: heads for multi-token prediction use the weight several times. The gradient is
+    None if the op has added it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight, ctx.main_grad = weight, getattr(weight, "main_grad", None)
+        ctx.set_materialize_grads(False)
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dweight: Tensor | None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight = ctx.weight
+        if hasattr(weight, "__fsdp_param__"):
+            # Megatron-FSDP makes room for the gradient only now, and adds up what it finds there.
+            weight.main_grad = weight.get_main_grad()
+            weight.main_grad.copy_(dweight)
+        else:
+            weight.main_grad = ctx.main_grad
+            if dweight is not None:
+                weight.main_grad.add_(dweight)
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            return None
+        weight.grad_added_to_main_grad = True
+        # Hooks of data parallelism run on a gradient. Autograd adds that of a shared embedding to it.
+        return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def _check(model: LanguageModule) -> None:
+    """Refuse a model whose logits are more than an input of its loss."""
+    layer, config, name = model.output_layer, model.config, type(model).__name__
+    if not isinstance(layer, ColumnParallelLinear) or _full_name(type(layer).forward) not in _FORWARDS:
+        raise TypeError(f"{name}.output_layer must compute as ColumnParallelLinear does, got {type(layer).__name__}")
+    if type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
+        raise TypeError(f"{name}.compute_language_model_loss must be LanguageModule's, got one of its own")
+    if "forward" in vars(layer) or "compute_language_model_loss" in vars(model):
+        raise ValueError(f"{name} must not be converted yet, got one with a forward or a loss that was replaced")
+    _, world_size = rank_and_size(resolve_group(layer.tp_group))
+    if layer.gather_output and world_size > 1:
+        raise ValueError(f"{name}.output_layer.gather_output must be False (parallel_output=True), got True")
+    for owner, of, settings in ((config, "config", _OF_CONFIG), (layer, "output_layer", _OF_LAYER)):
+        for setting, supported in settings.items():
+            value = getattr(owner, setting, supported[0])
+            if value not in supported:
+                raise ValueError(f"{name}.{of}.{setting} must be {supported[0]!r}, got {value!r}")
+    _check_weight_stays(layer)
+
+
+def _full_name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _check_weight_stays(layer: ColumnParallelLinear) -> None:
+    if isinstance(layer, FSDPModule):
+        raise ValueError(
+            "output_layer must not be wrapped by fully_shard on its own (use_torch_fsdp2), which frees the weight "
+            "before the loss; got an FSDPModule"
+        )
