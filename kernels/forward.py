@@ -344,21 +344,20 @@ def local_stats(
     on_hopper = hopper.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
-    block_v = hopper.BLOCK_V if on_hopper else tile.block_v
+    block_t, block_v = (hopper.BLOCK_T, hopper.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
     for tokens in slices(T, launch_tokens):
         num_tokens = tokens.stop - tokens.start
         most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
-        tiles_t = -(-num_tokens // tile.block_t)
+        tiles_t = -(-num_tokens // block_t)
         of_tokens = {name: None if field is None else field[tokens] for name, field in reduced.items()}
         for part in (slice(0, num_kept), slice(num_kept, V)):
             tiles_v = -(-(part.stop - part.start) // block_v)
             if tiles_v == 0:
                 continue
             # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
-            strip, chunk = 1, whole_waves(tiles_v, most_partials, tiles_t, num_processors(hidden.device))
-            if on_hopper:
-                strip, chunk = -(-tiles_v // most_partials), tiles_v
-            chunk = min(chunk, max(1, rows_per_copy(weight) // block_v))
+            strip, most = (-(-tiles_v // most_partials), tiles_v) if on_hopper else (1, most_partials)
+            most = min(most, max(1, rows_per_copy(weight) // block_v))
+            chunk = whole_waves(tiles_v, most, tiles_t, num_processors(hidden.device))
             for rows in slices(part.stop, chunk * block_v, part.start):
                 num_partials = -(-(rows.stop - rows.start) // (strip * block_v))
                 partials = _empty_partials(of_tokens, num_partials)

@@ -39,12 +39,14 @@ def new_body(vocab_size: int) -> GPT:
     return GPT(vocab_size, HIDDEN_SIZE, _NUM_LAYERS, _NUM_HEADS, LENGTH)
 
 
-def draw_batches(tokens: Tensor, steps: int, seed: int) -> Tensor:
+def draw_batches(
+    tokens: Tensor, steps: int, seed: int, *, batch_size: int = BATCH_SIZE, length: int = LENGTH
+) -> Tensor:
     """``[steps, B, L + 1]`` int64, random windows of the text: all tokens but the last are inputs, all but the first
     targets."""
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - LENGTH, (steps, BATCH_SIZE), generator=generator)
-    return tokens.unfold(0, LENGTH + 1, 1)[starts].long()
+    starts = torch.randint(len(tokens) - length, (steps, batch_size), generator=generator)
+    return tokens.unfold(0, length + 1, 1)[starts].long()
 
 
 def training_progress(console: Console) -> Progress:
