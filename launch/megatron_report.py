@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,9 @@ def make_table(report: Report) -> Table:
         box=box.ROUNDED,
         title=report.title,
         caption=(
-            f"Difference: of the loss from {REFERENCE}'s, root mean square over the steps; {NOISE} computes the same "
-            "with its sums in another order, and shows what rounding alone does. Memory: of the rank that needs most. "
-            "Time: median of a step, without the first ones."
+            f"Difference: of the loss from {REFERENCE}'s, over the steps; {NOISE} computes the same with its sums in "
+            "another order, and shows what rounding alone does. Memory: of the rank that needs most. Time: median of a "
+            "step, without the first ones."
         ),
     )
     table.add_column()
@@ -111,7 +112,8 @@ def make_table(report: Report) -> Table:
     add("loss, first step", [f"{run.losses[0]:.5f}" for run in report.runs])
     add("loss, last step", [f"{run.losses[-1]:.5f}" for run in report.runs])
     differences = [report.differences(run) for run in report.runs]
-    add("difference", ["–" if d is None else f"{root_mean_square(d):.1e}" for d in differences], end_section=True)
+    add("difference, median", ["–" if d is None else f"{statistics.median(d):.1e}" for d in differences])
+    add("root mean square", ["–" if d is None else f"{root_mean_square(d):.1e}" for d in differences], end_section=True)
     for field in ("parameters", "gradients", "optimizer"):
         add(field, [_gib(getattr(run.largest, field)) for run in report.runs])
     add("peak of forward and backward", [_gib(run.largest.compute_peak) for run in report.runs])
@@ -191,6 +193,5 @@ def _colors(report: Report) -> list[str]:
 
 
 def _gib(num_bytes: int) -> str:
-    return (
-        f"{num_bytes / _GIB:,.2f} GiB" if num_bytes >= 0.1 * _GIB or num_bytes == 0 else f"{num_bytes / 2**20:,.1f} MiB"
-    )
+    in_gib = abs(num_bytes) >= 0.1 * _GIB or num_bytes == 0
+    return f"{num_bytes / _GIB:,.2f} GiB" if in_gib else f"{num_bytes / 2**20:,.1f} MiB"
