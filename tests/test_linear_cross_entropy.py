@@ -349,10 +349,12 @@ def test_class_weights_are_those_of_torch(
     impl: Impl, reduction: Reduction, label_smoothing: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mean divides by the weights of the targets, also with smoothing. They may lie in memory in any way, and each
-    block of rows has its own."""
+    block of rows has its own, as has each part of a block that is copied."""
     if impl == "triton":
         monkeypatch.setattr("vocab_parallel_fused.kernels.forward._PARTIAL_BYTES", 1)
-    problem = make_problem(24, 16, 67, device=device, ignore_index=7)
+        monkeypatch.setattr("vocab_parallel_fused.kernels.tiles._COPY_BYTES", 1)
+        monkeypatch.setattr("vocab_parallel_fused.kernels.tiles._COPY_ROWS", 16)
+    problem = make_problem(24, 17, 67, device=device, ignore_index=7)
     weight = torch.rand(2 * 67, generator=torch.Generator().manual_seed(0)).to(device)[::2]
     weight[5:20] = 0
     keywords: Any = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": 7}
@@ -506,3 +508,29 @@ def test_rows_that_are_copied_in_several_parts(
     problem = make_problem(40, 33, 2 * tiles._COPY_ROWS + 77, dtype=dtype, device=device)
     assert not tiles.is_aligned(problem.weight)
     assert_matches_full_logits(problem, run(problem, "triton"))
+
+
+@pytest.mark.parametrize("H", [33, 48])
+@pytest.mark.parametrize("layout", ["transposed weight", "rows of a wider matrix"])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_one_operand_is_copied(
+    layout: str, H: int, descriptors: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has more columns than the other operand, whose next row may hold anything."""
+    tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
+    monkeypatch.setattr(tiles, "has_tensor_descriptors", lambda _: descriptors)
+    problem = make_problem(24, H, 67, device=device, bias=False)
+    expected = run(problem, "eager")
+    with torch.no_grad():
+        if layout == "transposed weight":
+            weight = problem.weight.t().contiguous().t()
+        else:
+            wide = torch.full((67, 64), torch.inf, device=device)
+            wide[:, :H] = problem.weight
+            weight = wide[:, :H]
+    assert tiles.is_aligned(weight) == (layout != "transposed weight")
+    assert tiles.is_aligned(problem.hidden) == (H == 48)
+    actual = run(problem._replace(weight=weight.requires_grad_()), "triton")
+    for one, other in zip(actual, expected, strict=True):
+        if one is not None and other is not None:
+            assert max_error(one, other) < 1e-5
