@@ -232,6 +232,7 @@ def local_grads(
         coefficients = coefficients._replace(grad_target_logit=total)
 
     tiles_head = head._replace(hidden=aligned(hidden))
+    on_hopper = hopper.takes(tiles_head.hidden, arch) and coefficients.grad_logit_sum is None
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
         level, slope, grad_logit_sum, _ = coefficients.of(tokens)
@@ -291,7 +292,7 @@ def local_grads(
         unscale=unscale,
         bytes_per_logit=hidden.element_size(),
         workspace_bytes=workspace_bytes,
-        tile=(tile.block_t, tile.block_v),
+        tile=(hopper.BLOCK_T, hopper.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v),
         largest=(hidden.shape[0], weight.shape[0]),
         processors=num_processors(hidden.device),
         kept=kept,

@@ -330,7 +330,9 @@ def local_stats(
     )
     # The terms that these two add to the gradient are no multiples of a kept exponential.
     keeps = not (wanted.logit_sum or wanted.expected_logit)
-    cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, tile.block_v) if keeps else None
+    on_hopper = hopper.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
+    block_t, block_v = (hopper.BLOCK_T, hopper.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
+    cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, block_v) if keeps else None
     _target_logits(head, target_row, stats, cache, arch, tile)
     reduced = {
         "max": stats.max_logit,
@@ -341,10 +343,8 @@ def local_stats(
         "argmax": stats.argmax,
     }
     num_wanted = sum(field is not None for field in reduced.values())
-    on_hopper = hopper.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
-    block_t, block_v = (hopper.BLOCK_T, hopper.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
     for tokens in slices(T, launch_tokens):
         num_tokens = tokens.stop - tokens.start
         most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))

@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=["all", *METHODS],
         default=["recompute", "cache-half", "cache"],
-        help="all: those that work on this number of ranks (default: the modes of this package)",
+        help="all: those that work on this number of ranks (default: %(default)s)",
     )
     parser.add_argument(
         "--cache-fractions",
@@ -150,7 +150,7 @@ def make_workloads(args: argparse.Namespace, ranks: int) -> list[Workload]:
 
 
 def choose_methods(names: Sequence[str], cache_fractions: Sequence[float], ranks: int) -> dict[str, Method]:
-    """Those asked for, each once, in the order of ``METHODS``, which puts further cache fractions first."""
+    """Those asked for, each once: cache fractions by their size, then the others in the order of ``METHODS``."""
     chosen = {cache_name(f): METHODS.get(cache_name(f), cache(f)) for f in sorted(cache_fractions)}
     for name, method in METHODS.items():
         works = method.one_rank if ranks == 1 else method.several_ranks

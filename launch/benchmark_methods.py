@@ -39,7 +39,7 @@ class Problem:
     @property
     def exp_bytes(self) -> int:
         """What the exp cache of the whole shard takes."""
-        return 2 * self.target.numel() * self.shard.num_rows
+        return self.weight.element_size() * self.target.numel() * self.shard.num_rows
 
     def require_equal_shards(self) -> None:
         """Stop an implementation that computes each rank's first class from its own number of rows.

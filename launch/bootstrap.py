@@ -24,6 +24,11 @@ class Context:
     group: ProcessGroup | None
     """All ranks; None for a single one."""
 
+    @property
+    def ranks(self) -> str:
+        """How many there are, in words."""
+        return "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
         """Let one process of each machine run the block before the others do: it builds what they then only read."""

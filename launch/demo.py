@@ -24,12 +24,13 @@ from demo_training import (
     draw_batches,
     new_body,
     peak_bytes_of_loss,
+    read_text,
     train,
     training_progress,
 )
 from rich.console import Console
 from rich.progress import Progress
-from text import CACHE, load_text
+from text import CACHE
 from torch import Tensor
 
 from vocab_parallel_fused import VocabParallelLinearCrossEntropy
@@ -64,8 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train_both(args: argparse.Namespace, context: Context, console: Console) -> Comparison:
     """Train the model with the ordinary head, then the same model with the sharded one."""
-    with console.status("Reading Python's standard library, training a tokenizer on it"), context.first_on_machine():
-        tokens = load_text(args.vocab_size).tokens
+    tokens = read_text(args.vocab_size, context, console).tokens
     console.print(f"{len(tokens):,} tokens of Python's standard library")
     batches = draw_batches(tokens, args.steps, args.seed).to(context.device)
 
@@ -80,8 +80,7 @@ def train_both(args: argparse.Namespace, context: Context, console: Console) -> 
     with training_progress(console) as progress:
         full = run("full logits", copy.deepcopy(body), full_head, batches, progress)
         sharded = run("vocabulary-parallel", body, sharded_head, batches, progress)
-    ranks = "1 rank" if context.world_size == 1 else f"{context.world_size} ranks"
-    return Comparison(f"vocabulary {args.vocab_size:,} on {ranks}, {context.device.type}", full, sharded)
+    return Comparison(f"vocabulary {args.vocab_size:,} on {context.ranks}, {context.device.type}", full, sharded)
 
 
 def run(name: str, body: GPT, head: Head, batches: Tensor, progress: Progress) -> Run:

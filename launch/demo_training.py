@@ -1,14 +1,17 @@
-"""What the demonstrations share: a small GPT, its training loop, and the memory of its head and loss."""
+"""What the demonstrations share: text, a small GPT, its training loop, and the memory of its head and loss."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from bootstrap import Context
 from demo_model import GPT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from text import Text, load_text
 from torch import Tensor, nn
 
 from vocab_parallel_fused.testing import PeakBytes
@@ -37,6 +40,12 @@ class Training:
 def new_body(vocab_size: int) -> GPT:
     """Token ids ``[B, LENGTH]`` to hidden states ``[B, LENGTH, HIDDEN_SIZE]``."""
     return GPT(vocab_size, HIDDEN_SIZE, _NUM_LAYERS, _NUM_HEADS, LENGTH)
+
+
+def read_text(vocab_size: int, context: Context, console: Console, held_out: Path | None = None) -> Text:
+    """As ``text.load_text``, of which one process of each machine makes what the others then only read."""
+    with console.status("Reading Python's standard library, training a tokenizer on it"), context.first_on_machine():
+        return load_text(vocab_size, held_out)
 
 
 def draw_batches(

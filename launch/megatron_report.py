@@ -58,7 +58,7 @@ class Run:
 
     @property
     def median_ms(self) -> float:
-        return sorted(self.step_ms)[len(self.step_ms) // 2]
+        return statistics.median(self.step_ms)
 
     @property
     def largest(self) -> Memory:

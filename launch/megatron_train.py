@@ -1,6 +1,6 @@
 """Train a GPT of Megatron-Core as it is, and converted to the loss without logits, and compare.
 
-    torchrun --nproc-per-node 2 launch/megatron_train.py
+    torchrun --standalone --nproc-per-node 2 launch/megatron_train.py
 
 The text is Python's own standard library. All runs start from the same weights and see the same batches:
 
@@ -29,11 +29,11 @@ import megatron_wgrad  # noqa: F401  before Megatron-Core, which looks for Apex 
 import torch
 import torch.distributed as dist
 from bootstrap import Context, distributed
-from demo_training import draw_batches, training_progress, with_peak_bytes
+from demo_training import draw_batches, read_text, training_progress, with_peak_bytes
 from megatron_report import NOISE, REFERENCE, Memory, Report, Run, draw_picture, make_table
 from rich.console import Console
 from rich.progress import Progress
-from text import CACHE, load_text
+from text import CACHE
 from torch import Tensor, nn
 
 from vocab_parallel_fused import ComputeOptions
@@ -47,7 +47,7 @@ try:
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("megatron"):
         raise
-    raise SystemExit("launch/megatron_train.py needs Megatron-Core: pip install megatron-core") from error
+    raise SystemExit("launch/megatron_train.py needs Megatron-Core: pip install '.[launch,megatron]'") from error
 
 MODES = (REFERENCE, NOISE, "stock-fused", "recompute", "cache")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a model of Megatron-Core as it is, and converted.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = functools.partial(parser.add_argument, help="(default: %(default)s)")
-    add("--modes", nargs="+", choices=MODES, default=MODES)
+    add("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
     add("--steps", type=int, default=200)
     add("--layers", type=int, default=2)
     add("--hidden-size", type=int, default=4096)
@@ -81,8 +81,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=_DTYPES, default="bf16")
     add("--tensor-parallel-size", type=int, help="(default: all ranks)")
     add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    add("--json", type=Path, default=CACHE / "megatron.json")
-    add("--plot", type=Path, default=CACHE / "megatron.png")
+    add("--json", type=Path, default=CACHE / "megatron.json", help="all numbers (default: %(default)s)")
+    add("--plot", type=Path, default=CACHE / "megatron.png", help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.steps <= _UNTIMED_STEPS + 1:
         parser.error(
@@ -98,8 +98,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train_all(args: argparse.Namespace, context: Context, console: Console) -> None:
     """Train in each mode, and write what is known after each."""
-    with console.status("Reading Python's standard library, training a tokenizer on it"), context.first_on_machine():
-        tokens = load_text(args.tokenizer_size).tokens
+    tokens = read_text(args.tokenizer_size, context, console).tokens
     console.print(f"{len(tokens):,} tokens of Python's standard library")
     data_parallel_size = parallel_state.get_data_parallel_world_size()
     batches = draw_batches(
@@ -131,10 +130,9 @@ def train_all(args: argparse.Namespace, context: Context, console: Console) -> N
 
 def title_of(args: argparse.Namespace, context: Context) -> str:
     """The setting in words."""
-    ranks = "1 rank" if context.world_size == 1 else f"{context.world_size} ranks"
     return (
         f"H {args.hidden_size:,}, V {args.vocab_size:,}, {args.layers} layers, s {args.seq_length:,}, "
-        f"{args.micro_batches} × {args.micro_batch_size} sequences, {args.dtype}, {ranks}"
+        f"{args.micro_batches} × {args.micro_batch_size} sequences, {args.dtype}, {context.ranks}"
     )
 
 

@@ -33,6 +33,7 @@ from demo_training import (
     LENGTH,
     draw_batches,
     new_body,
+    read_text,
     train,
     training_progress,
     with_peak_bytes,
@@ -41,7 +42,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from text import END_OF_TEXT, STANDARD_LIBRARY, load_text, read_tokens, save
+from text import END_OF_TEXT, STANDARD_LIBRARY, read_tokens, save
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -112,8 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             full = score("full logits", partial(full_losses, gather_weight(model.head))) if args.check else None
     # All ranks have the same losses, so the first one speaks for all, and none ends the job before it has spoken.
     if context.rank == 0:
-        ranks = "1 rank" if context.world_size == 1 else f"{context.world_size} ranks"
-        setting = f"{args.document.name}, vocabulary {model.head.vocab_size:,} on {ranks}, {context.device.type}"
+        setting = (
+            f"{args.document.name}, vocabulary {model.head.vocab_size:,} on {context.ranks}, {context.device.type}"
+        )
         report(setting, sharded, full, console)
 
 
@@ -160,8 +162,7 @@ def load_or_train(args: argparse.Namespace, context: Context, console: Console) 
         model.body.load_state_dict(saved["body"])
         model.head.load_state_dict(saved["head"])  # keeps this rank's rows
         return model
-    with console.status("Reading Python's standard library, training a tokenizer on it"), context.first_on_machine():
-        text = load_text(args.vocab_size, held_out=HELD_OUT)
+    text = read_text(args.vocab_size, context, console, held_out=HELD_OUT)
     batches = draw_batches(text.tokens, args.steps, args.seed).to(context.device)
     torch.manual_seed(args.seed)
     model = make_model(text.tokenizer, context)

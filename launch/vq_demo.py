@@ -20,11 +20,19 @@ from typing import NamedTuple
 import torch
 from bootstrap import Context, distributed
 from demo_model import GPT
-from demo_training import BATCH_SIZE, HIDDEN_SIZE, LENGTH, new_body, peak_bytes_of_loss, train, training_progress
+from demo_training import (
+    BATCH_SIZE,
+    HIDDEN_SIZE,
+    LENGTH,
+    new_body,
+    peak_bytes_of_loss,
+    read_text,
+    train,
+    training_progress,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from text import load_text
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -71,8 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train_all(args: argparse.Namespace, context: Context, console: Console) -> list[Row]:
     """Train up to the fork, then once for each head."""
-    with console.status("Reading Python's standard library, training a tokenizer on it"), context.first_on_machine():
-        tokens = load_text(args.vocab_size).tokens
+    tokens = read_text(args.vocab_size, context, console).tokens
     batches = draw_once(tokens, HELD_OUT_BATCHES + args.steps, args.seed).to(context.device)
     held_out, before, after = batches.split([HELD_OUT_BATCHES, args.fork, args.steps - args.fork])
 
@@ -145,11 +152,10 @@ def measure(name: str, body: GPT, head: Head, held_out: Tensor) -> Row:
 
 
 def make_table(args: argparse.Namespace, context: Context, rows: list[Row]) -> Table:
-    ranks = "1 rank" if context.world_size == 1 else f"{context.world_size} ranks"
     table = Table(
         box=box.ROUNDED,
         title=f"vocabulary {args.vocab_size:,}, {args.steps} steps of {BATCH_SIZE * LENGTH:,} tokens, forked at step "
-        f"{args.fork}; {ranks}, {context.device.type}",
+        f"{args.fork}; {context.ranks}, {context.device.type}",
         caption=(
             f"Loss and perplexity: of {HELD_OUT_BATCHES * BATCH_SIZE * LENGTH:,} held-out tokens. Log n: the part of "
             "the loss that the map fixes, as a token has one of n equal shares of its code. Time and memory: of the "

@@ -350,14 +350,16 @@ def test_errors_show_wrong_results() -> None:
     assert errors(row) == pytest.approx([0.1, 0.1, 0.1], rel=1e-3)
 
 
-def test_the_cache_has_room_for_its_part_of_the_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two bytes per token and row; the curve is drawn against these fractions."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cache_has_room_for_its_part_of_the_shard(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve is drawn against these fractions."""
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(vpf, "ComputeOptions", lambda **options: given.append(options))
-    problem, _ = make_problem(SMALL, ALONE, torch.float32, sequence_parallel=False)
+    problem, hidden = make_problem(SMALL, ALONE, dtype, sequence_parallel=False)
     for name in ("recompute", "cache-half", "cache"):
         METHODS[name].prepare(problem)
-    assert given == [{}, {"exp_cache_bytes": 12 * 37}, {"exp_cache_bytes": 2 * 12 * 37}]
+    logits_bytes = F.linear(hidden, problem.weight).nbytes
+    assert given == [{}, {"exp_cache_bytes": logits_bytes // 2}, {"exp_cache_bytes": logits_bytes}]
 
 
 def test_gradients_in_fp32_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
