@@ -79,7 +79,7 @@ def _tile_stats(
     exps = differences.exp()
     class_sum = logit_sum = sum_exp_logit = None
     if wanted.logit_sum:
-        weights = torch.ones_like(logits[0]) if class_weight is None else class_weight
+        weights = logits.new_ones(logits.shape[1]) if class_weight is None else class_weight
         class_sum, logit_sum = weights.sum().expand_as(max_logit), differences @ weights
     if wanted.expected_logit:
         # A class of logit −inf has probability 0, and 0 · −inf must be 0.

@@ -14,7 +14,7 @@ from vocab_parallel_fused.kernels.configs import TileConfig, has_tensor_descript
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
 INTERPRETED: bool = knobs.runtime.interpret
-# Rows are copied so many bytes at a time, in whole tiles, with a number of columns that is a multiple of the second.
+# Rows are copied so many bytes at a time, in whole tiles; the copies' columns are a multiple of the third number.
 _COPY_BYTES = 32 * 2**20
 _COPY_ROWS, _COPY_COLUMNS = 256, 64
 # Kernels may read globals that are constexpr.
@@ -204,7 +204,7 @@ def aligned(matrix: Tensor) -> Tensor:
     if is_aligned(matrix):
         return matrix
     rows, columns = matrix.shape
-    copy = matrix.new_empty(rows, -(-columns // _COPY_COLUMNS) * _COPY_COLUMNS)
+    copy = matrix.new_empty(rows, _copied_columns(columns))
     copy[:, columns:].zero_()
     copy[:, :columns] = matrix
     return copy
@@ -215,7 +215,12 @@ def rows_per_copy(weight: Tensor) -> int:
     rows, columns = weight.shape
     if is_aligned(weight):
         return rows
-    return max(1, _COPY_BYTES // (columns * weight.element_size() * _COPY_ROWS)) * _COPY_ROWS
+    row_bytes = _copied_columns(columns) * weight.element_size()
+    return max(1, _COPY_BYTES // (row_bytes * _COPY_ROWS)) * _COPY_ROWS
+
+
+def _copied_columns(columns: int) -> int:
+    return -(-columns // _COPY_COLUMNS) * _COPY_COLUMNS
 
 
 def operand_kwargs(head: Operands, arch: str, tile: TileConfig) -> dict[str, Any]:

@@ -224,13 +224,17 @@ def test_agrees_with_the_function_of_torch() -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("case", ["no tokens", "all ignored"])
-def test_nothing_to_learn_from(impl: Impl, reduction: Reduction, case: str, device: torch.device) -> None:
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_nothing_to_learn_from(
+    impl: Impl, reduction: Reduction, case: str, label_smoothing: float, device: torch.device
+) -> None:
     """Loss 0 and gradients 0, where torch's mean is NaN."""
     T = 0 if case == "no tokens" else 6
     hidden = torch.randn(T, 8, device=device, requires_grad=True)
     weight = torch.randn(40, 8, device=device, requires_grad=True)
     target = torch.full((T,), -100, device=device)
-    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, options=ComputeOptions(impl=impl))
+    keywords: Any = {"reduction": reduction, "label_smoothing": label_smoothing}
+    loss = linear_cross_entropy(hidden, weight, target, options=ComputeOptions(impl=impl), **keywords)
     assert (loss == 0).all()
     loss.sum().backward()
     assert hidden.grad is not None
@@ -508,6 +512,15 @@ def test_rows_that_are_copied_in_several_parts(
     problem = make_problem(40, 33, 2 * tiles._COPY_ROWS + 77, dtype=dtype, device=device)
     assert not tiles.is_aligned(problem.weight)
     assert_matches_full_logits(problem, run(problem, "triton"))
+
+
+@pytest.mark.parametrize("H", [1, 65, 4100])
+def test_copies_take_no_more_memory_than_they_may(H: int) -> None:
+    """Columns of zeros count: of a small hidden size they are most of a copy."""
+    tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
+    weight = torch.empty(2**20, H, dtype=torch.bfloat16, device="meta")
+    rows = weight[: tiles.rows_per_copy(weight)]
+    assert tiles._COPY_BYTES / 2 < tiles.aligned(rows).nbytes <= tiles._COPY_BYTES
 
 
 @pytest.mark.parametrize("H", [33, 48])

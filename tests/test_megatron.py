@@ -246,10 +246,17 @@ def lazy_logits_on_rank(group: ProcessGroup) -> None:
             layer.sequence_parallel = False  # as inference does between its calls
             assert torch.equal(later.transpose(0, 1), logits.transpose(0, 1))
             layer.sequence_parallel = sp
-            # Logits that somebody holds may have been changed: the loss is that of the changed ones.
+            # Logits that somebody holds may have been changed: all that follows is of the changed ones.
             changed = later.mul_(0.5).clone()
+            assert torch.equal(later * 2.0, logits)
+            assert torch.equal(later.max(dim=-1).values, changed.max(dim=-1).values)
             losses = [model.compute_language_model_loss(batch.labels.clamp(min=0), x) for x in (later, changed)]
             assert torch.equal(*losses)
+            # A look at the logits without a graph must not take the gradient away from the loss.
+            seen, _ = layer(hidden)
+            with torch.no_grad():
+                assert torch.equal(torch.argmax(input=seen, dim=-1), logits.argmax(dim=-1))
+            assert model.compute_language_model_loss(batch.labels.clamp(min=0), seen).requires_grad
 
 
 def inference_on_rank(_group: ProcessGroup) -> None:

@@ -321,10 +321,12 @@ def _head_grads(
         accumulate_dweight=plan.main_grad is not None,
         dhidden_ready=reduce_dhidden if several_ranks else None,
     )
-    with _local_steps(hidden):
-        local_grads(plan.operands(full_hidden, weight, bias), buffers)
-    for finish in reductions:
-        dhidden = finish()
+    try:
+        with _local_steps(hidden):
+            local_grads(plan.operands(full_hidden, weight, bias), buffers)
+    finally:  # after an error too: until then dhidden's memory is being read
+        for finish in reductions:
+            dhidden = finish()
     return dhidden if needs_hidden else None, dweight if plan.main_grad is None else None, dbias
 
 

@@ -12,7 +12,7 @@ states are ``[s, b, H]``, or ``[s / R, b, H]`` under sequence parallelism.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -137,7 +137,8 @@ class LazyLogits:
     """The logits ``[s, b, V_local]`` of this rank's rows, before anybody needs them.
 
     To scale them, to ask for their shape, or for the largest of each token computes none. Other methods, indices and
-    torch functions are those of the logits themselves, which then come from Megatron-Core's own forward.
+    torch functions are those of the logits themselves, which then come from Megatron-Core's own forward. The loss is
+    Megatron-Core's own then too, and sends other messages: all ranks of the group must ask for logits, or none.
     """
 
     layer: ColumnParallelLinear
@@ -145,6 +146,12 @@ class LazyLogits:
     weight: Tensor  # [V_local, H]
     sequence_parallel: bool  # the layer's when it was called, not when logits are needed: inference toggles it
     scale: float = 1.0
+    with_grad: bool = field(default_factory=torch.is_grad_enabled)  # likewise: who looks at logits may need no gradient
+
+    @property
+    def is_materialized(self) -> bool:
+        """Whether somebody holds the logits, who may have changed them."""
+        return "materialized" in vars(self)
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -161,7 +168,7 @@ class LazyLogits:
         return self.shape if dim is None else self.shape[dim]
 
     def __mul__(self, scale: Any) -> Any:
-        if isinstance(scale, (int, float)):
+        if isinstance(scale, (int, float)) and not self.is_materialized:
             return replace(self, scale=self.scale * scale)
         return self.materialized * scale
 
@@ -169,7 +176,7 @@ class LazyLogits:
 
     def max(self, dim: int | None = None, **keywords: Any) -> Any:
         """Along the last dimension: the largest logit of this rank's rows and its row, ``[s, b]``, no gradient."""
-        if dim not in (-1, 2) or keywords:
+        if dim not in (-1, 2) or keywords or self.is_materialized:
             return self.materialized.max(*(() if dim is None else (dim,)), **keywords)
         with torch.no_grad():
             hidden = gather_hidden(self.hidden, self.group) if self.sequence_parallel else self.hidden
@@ -190,10 +197,11 @@ class LazyLogits:
         layer = self.layer
         now, layer.sequence_parallel = layer.sequence_parallel, self.sequence_parallel
         try:
-            logits, _ = ColumnParallelLinear.forward(layer, self.hidden, self.weight, False)
+            with torch.set_grad_enabled(self.with_grad):
+                logits, _ = ColumnParallelLinear.forward(layer, self.hidden, self.weight, False)
+                return logits if self.scale == 1.0 else logits * self.scale
         finally:
             layer.sequence_parallel = now
-        return logits if self.scale == 1.0 else logits * self.scale
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -205,7 +213,7 @@ class LazyLogits:
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.argmax and isinstance(args[0], LazyLogits) and kwargs == {"dim": -1}:
+        if func is torch.argmax and kwargs == {"dim": -1} and isinstance(args[0], LazyLogits):
             return args[0].max(dim=-1).indices
         args, kwargs = tree_map_only(LazyLogits, lambda logits: logits.materialized, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -231,8 +239,8 @@ def _compute_language_model_loss(
     model: LanguageModule, options: ComputeOptions, labels: Tensor, logits: Tensor | LazyLogits
 ) -> Tensor:
     """``LanguageModule.compute_language_model_loss``, ``[b, s]`` from labels ``[b, s]``."""
-    if isinstance(logits, LazyLogits) and "materialized" in vars(logits):
-        logits = logits.materialized  # whoever asked for them may have changed them
+    if isinstance(logits, LazyLogits) and logits.is_materialized:
+        logits = logits.materialized
     if isinstance(logits, Tensor):
         return LanguageModule.compute_language_model_loss(model, labels, logits)
     layer, weight, accumulate = logits.layer, logits.weight, False
