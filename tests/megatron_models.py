@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import multiprocessing.dummy
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.mamba import MambaModel
@@ -25,6 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import ModuleList
 from torch.overrides import TorchFunctionMode
 
 from vocab_parallel_fused import ComputeOptions
@@ -82,10 +89,13 @@ def _hybrid_block() -> Any:
         return import_module("megatron.core.ssm.mamba_block")
 
 
-def set_up(*, tensor: int, pipeline: int = 1, context: int = 1) -> None:
-    """Megatron-Core on this rank, with parallelism of these sizes; data parallelism is what remains."""
+def set_up(*, tensor: int, pipeline: int = 1, virtual: int | None = None, context: int = 1) -> None:
+    """Megatron-Core on this rank, with parallelism of these sizes; data parallelism is what remains.
+
+    ``virtual`` is the number of chunks on each stage of an interleaved pipeline.
+    """
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
-    torch.cuda.current_stream = MagicMock()
+    torch.cuda.current_stream = torch.cuda.synchronize = MagicMock()
     _CudaIsCpu().__enter__()
     megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngState()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
@@ -95,7 +105,10 @@ def set_up(*, tensor: int, pipeline: int = 1, context: int = 1) -> None:
     megatron_layers._grad_accum_fusion_available = True
     # Memory that nobody wrote to holds NaN, so that a dummy gradient shows if it is used.
     torch.use_deterministic_algorithms(True)
-    parallel_state.initialize_model_parallel(tensor, pipeline, context_parallel_size=context)
+    # The ranks of a test may start no processes, so threads write checkpoints. Their memory is only logged.
+    filesystem_async.mp = SimpleNamespace(get_context=lambda _: multiprocessing.dummy)
+    filesystem_async._process_memory = lambda: 0
+    parallel_state.initialize_model_parallel(tensor, pipeline, virtual, context_parallel_size=context)
 
 
 def make_model(
@@ -109,18 +122,21 @@ def make_model(
     spec: ModuleSpec | None = None,
     pre_process: bool | None = None,
     post_process: bool | None = None,
+    vp_stage: int | None = None,
     **settings: Any,
 ) -> Any:
-    """This rank's part of a GPT, the same at every call."""
+    """This rank's part of a GPT, the same at every call. Each chunk of a pipeline has one layer."""
     torch.manual_seed(0)
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     config = TransformerConfig(
-        num_layers=pipeline,
+        num_layers=pipeline * (chunks or 1),
         hidden_size=H,
         num_attention_heads=4,
         use_cpu_initialization=True,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks,
         pipeline_dtype=dtype,
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         sequence_parallel=sequence_parallel,
@@ -132,15 +148,23 @@ def make_model(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         batch_p2p_sync=False,
+        # Between the same two ranks, interleaved stages must not send several messages at a time.
+        overlap_p2p_comm=chunks is not None,
+        batch_p2p_comm=chunks is None,
         init_method_std=0.3,
         **settings,
     )
     spec = spec or get_gpt_layer_local_spec()
+    is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     stage: dict[str, Any] = {
-        "pre_process": parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
-        "post_process": parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
+        "pre_process": is_first if pre_process is None else pre_process,
+        "post_process": is_last if post_process is None else post_process,
+        "vp_stage": vp_stage,
     }
-    with_mtp = mtp is not None and stage["post_process"]
+    mtp_block_spec = None
+    if mtp is not None and stage["post_process"]:
+        mtp_block_spec = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     model = GPTModel(
         config,
         spec,
@@ -148,9 +172,17 @@ def make_model(
         max_sequence_length=64,
         **stage,
         share_embeddings_and_output_weights=tied,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if with_mtp else None,  # pyright: ignore[reportArgumentType]
+        # Sharded checkpoints take no two stages with learned positions, nor CPUs rotary ones under context parallelism.
+        position_embedding_type="learned_absolute" if pipeline == 1 else "rope",
+        mtp_block_spec=mtp_block_spec,  # pyright: ignore[reportArgumentType]
     )
     return model.to(dtype)
+
+
+def make_chunks(**settings: Any) -> list[Any]:
+    """This rank's parts of a GPT: several if its pipeline is interleaved."""
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return [make_model(**settings, vp_stage=stage) for stage in ([None] if chunks is None else range(chunks))]
 
 
 def without_attention() -> ModuleSpec:
@@ -173,6 +205,14 @@ def make_hybrid_model(**settings: Any) -> Any:
     config = make_model(**settings).config
     config.num_layers = 2
     return MambaModel(config, spec, V, 64, hybrid_override_pattern="*-", position_embedding_type="rope")
+
+
+def make_bert(*, tied: bool = False, **settings: Any) -> BertModel:
+    """A model whose head has a bias."""
+    config = make_model(**settings).config
+    return BertModel(
+        *(config, 0, bert_layer_local_spec, V, 64), share_embeddings_and_output_weights=tied, add_binary_head=False
+    )
 
 
 def data_parallel(model: Any, **settings: Any) -> Any:
@@ -209,9 +249,12 @@ def make_batch(seed: int, *, sequence: int = S, vocab_size: int = V) -> Batch:
 
 def forward(model: Any, batch: Batch, labels: Tensor | None, **keywords: Any) -> Tensor:
     """Losses ``[b, s]``, or logits without labels; hidden states where the pipeline goes on."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(bare, BertModel):
+        return model(batch.tokens, torch.ones_like(batch.tokens), lm_labels=labels)[0]
     attention_mask = torch.ones(2 * (batch.tokens.shape[1],), dtype=torch.bool).triu(1)[None, None]
     # Heads for multi-token prediction are given the mask too.
-    if isinstance(model, (GPTModel, DistributedDataParallel)):
+    if isinstance(bare, GPTModel):
         keywords = {"loss_mask": (batch.mask != 0).float()} | keywords
     return model(batch.tokens, batch.position, attention_mask, labels=labels, **keywords)
 
@@ -240,46 +283,81 @@ def accumulate(model: Any, batches: list[Batch], **keywords: Any) -> Outcome:
     return Outcome(losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def train(model: Any, *, steps: int = 3, micro_batches: int = 3) -> Outcome:
-    """Losses and parameters of steps with Megatron-Core's schedules, distributed optimizer and both overlaps."""
-    wrapped = data_parallel(
-        model, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000
-    )
-    # Adam divides by the gradient's size, so without a large epsilon it would show the rounding of gradients near 0.
-    settings = OptimizerConfig(
-        optimizer="adam", lr=0.05, adam_eps=0.1, use_distributed_optimizer=True, overlap_param_gather=True
-    )
-    optimizer = get_megatron_optimizer(settings, [wrapped])
-    config = model.config
-    config.no_sync_func, config.grad_scale_func = wrapped.no_sync, optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    losses: list[Tensor] = []
+class Training:
+    """Of this rank's chunks, with Megatron-Core's schedules, distributed optimizer and both overlaps."""
 
-    def forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        batch = next(batches)
+    def __init__(self, chunks: list[Any]) -> None:
+        self.chunks = chunks
+        self.micro_batches = 2 * len(chunks)  # with fewer, interleaved stages do all forwards before any backward
+        overlap: dict[str, Any] = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+        self.wrapped = [data_parallel(chunk, **overlap, overlap_grad_reduce=True, bucket_size=2000) for chunk in chunks]
+        # Adam divides by the gradient's size, so without a large epsilon it shows the rounding of gradients near 0.
+        settings = OptimizerConfig(optimizer="adam", lr=0.1, adam_eps=0.1, **overlap)
+        self.optimizer: Any = get_megatron_optimizer(settings, self.wrapped)
+        config = chunks[0].config
+        no_sync = [chunk.no_sync for chunk in self.wrapped]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
 
-        def reduce(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            losses.append((output * (batch.mask != 0)).detach())
-            return (output * batch.mask).mean(), {}
+    def run(self, steps: Iterable[int]) -> Outcome:
+        """Losses of these steps and the parameters after them."""
+        losses: list[Tensor] = []
 
-        return forward(chunk, batch, batch.labels), reduce
+        def forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            batch = next(batches)
 
-    replica = parallel_state.get_data_parallel_rank()
-    for step in range(steps):
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        seeds = range(micro_batches * (2 * step + replica), micro_batches * (2 * step + replica + 1))
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=(make_batch(seed) for seed in seeds),
-            model=[wrapped],
-            num_microbatches=micro_batches,
-            seq_length=S,
-            micro_batch_size=B,
-        )
-        optimizer.step()
-    wrapped.disable_forward_pre_hook(param_sync=True)
-    return Outcome(losses, {name: p.detach().clone() for name, p in model.named_parameters()})
+            def reduce(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                losses.append((output * (batch.mask != 0)).detach())
+                return (output * batch.mask).mean(), {}
+
+            return forward(chunk, batch, batch.labels), reduce
+
+        replica, micro_batches = parallel_state.get_data_parallel_rank(), self.micro_batches
+        for step in steps:
+            for chunk in self.wrapped:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            seeds = range(micro_batches * (2 * step + replica), micro_batches * (2 * step + replica + 1))
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[map(make_batch, seeds) for _ in self.chunks],
+                model=self.wrapped,
+                num_microbatches=micro_batches,
+                seq_length=S,
+                micro_batch_size=B,
+            )
+            self.optimizer.step()
+        for chunk in self.wrapped:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
+        return Outcome(losses, {name: p.detach().clone() for name, p in ModuleList(self.chunks).named_parameters()})
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(folder))
+
+    @torch.no_grad()  # the optimizer of an fp32 model copies into the parameters themselves
+    def load(self, folder: Path) -> None:
+        """After a step, which makes the optimizer's state."""
+        saved: Any = dist_checkpointing.load(self._sharded_state_dict(is_loading=True), str(folder))
+        for i, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(saved[f"model{i}"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        # Torch's Adam, in place of Apex's, counts the steps of each parameter, which Megatron-Core does not load.
+        step = saved["optimizer"]["optimizer"]["param_groups"][0]["step"]
+        for optimizer in self.optimizer.chained_optimizers:
+            for state in optimizer.optimizer.state.values():
+                state["step"] = torch.tensor(float(step))
+
+    def _sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        metadata = {
+            "distrib_optim_sharding_type": "dp_reshardable",
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
+        optimizer = self.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+        return models | {"optimizer": optimizer}
 
 
 def attribute_names(model: torch.nn.Module) -> list[set[str]]:

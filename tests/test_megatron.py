@@ -9,6 +9,7 @@ import io
 import pickle
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import ModuleList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +31,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron_models import (
     SMALL_BLOCKS,
     B,
@@ -36,6 +39,7 @@ from megatron_models import (
     H,
     Outcome,
     S,
+    Training,
     V,
     accumulate,
     attribute_names,
@@ -43,10 +47,11 @@ from megatron_models import (
     data_parallel,
     forward,
     make_batch,
+    make_bert,
+    make_chunks,
     make_hybrid_model,
     make_model,
     set_up,
-    train,
     without_attention,
 )
 
@@ -118,33 +123,51 @@ def test_losses_and_gradients_are_those_of_megatron(world_size: int) -> None:
     run_on_ranks(product_on_rank, world_size)
 
 
-def training_on_rank(group: ProcessGroup, sizes: dict[str, int]) -> None:
+def training_on_rank(group: ProcessGroup, sizes: dict[str, int], folder: Path) -> None:
     set_up(**sizes)
     spec = without_attention() if "context" in sizes else None
-    for tied, sp in product([False, True], [False, True]):
+    for tied, sp in product([False, True], [True] if "virtual" in sizes else [False, True]):
+        case = f"{sizes} {tied=} {sp=} rank {group.rank()}"
         # With these heads and an embedding tied over stages, Megatron-Core makes an output weight that it does not use,
         # and its own overlap fails on it.
         mtp = None if tied and "pipeline" in sizes else 1
         settings: dict[str, Any] = {"tied": tied, "sequence_parallel": sp, "main_grad": True, "mtp": mtp, "spec": spec}
-        stock = train(make_model(**settings))
-        model = make_model(**settings)
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        convert(model, options=SMALL_BLOCKS)
-        actual = train(model)
-        assert len(actual.losses) == (9 if parallel_state.is_pipeline_last_stage() else 0)
-        assert all((p - before[name]).abs().max() > 1e-3 for name, p in actual.tensors.items()), "nothing was learnt"
-        assert_close(actual, stock, f"{sizes} {tied=} {sp=} rank {group.rank()}")
+        chunks = make_chunks(**settings)
+        before = {name: p.clone() for name, p in ModuleList(chunks).named_parameters()}
+        convert(chunks, options=SMALL_BLOCKS)
+        trainings = Training(make_chunks(**settings)), Training(chunks)
+        source, target = (0, 1) if tied else (1, 0)
+        early = [training.run(range(2)) for training in trainings]
+        trainings[source].save(folder / str((tied, sp)))
+        late = [training.run([2]) for training in trainings]
+        for outcomes in (early, late):
+            assert_close(outcomes[1], outcomes[0], case)
+        # The schedule calls the loss on the last stage alone.
+        num_losses = trainings[1].micro_batches if parallel_state.is_pipeline_last_stage() else 0
+        assert len(late[1].losses) == num_losses
+        still = [name for name, p in late[1].tensors.items() if (p - before[name]).abs().max() < 1e-3]
+        assert not still, f"{case}: nothing was learnt by {still}"
+
+        trainings[target].load(folder / str((tied, sp)))
+        assert_equal(trainings[target].run([]), Outcome([], early[source].tensors), f"{case}: loaded parameters")
+        assert_close(trainings[target].run([2]), late[source], f"{case}: from the other's checkpoint")
 
 
-@pytest.mark.parametrize("sizes", [{}, {"pipeline": 2}, {"context": 2}], ids=["data", "pipeline", "context"])
-def test_training_follows_megatron(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"pipeline": 2}, {"pipeline": 2, "virtual": 2}, {"context": 2}],
+    ids=["data", "pipeline", "interleaved", "context"],
+)
+def test_training_follows_megatron(sizes: dict[str, int], tmp_path: Path) -> None:
     """Steps of the real optimizer on four ranks, two of them for tensor parallelism and two for another.
 
+    Then one goes on from the other's sharded checkpoint and optimizer: the converted model if embeddings are tied.
     Data: each replica has half of the optimizer's state, and its gradients are reduced while others are computed.
     Pipeline: forward and backward alternate over the stages; the last one has its own copy of a tied embedding.
+    Interleaved: each stage has two chunks, and only the second of the last stage has a head.
     Context: hidden states and labels are those of half of each sequence.
     """
-    run_on_ranks(training_on_rank, 4, {"tensor": 2} | sizes)
+    run_on_ranks(training_on_rank, 4, {"tensor": 2} | sizes, tmp_path)
 
 
 def details_on_rank(group: ProcessGroup) -> None:
@@ -158,6 +181,8 @@ def details_on_rank(group: ProcessGroup) -> None:
         scale_on_rank,
         accumulation_on_rank,
         packed_on_rank,
+        masked_on_rank,
+        bias_on_rank,
         hybrid_on_rank,
         stages_on_rank,
         checkpoints_on_rank,
@@ -380,6 +405,42 @@ def packed_on_rank(group: ProcessGroup) -> None:
         stock = accumulate(model, [batch], packed_seq_params=packed)
         with converted(model):
             assert_close(accumulate(model, [batch], packed_seq_params=packed), stock, f"packed {sp=}")
+
+
+def masked_on_rank(group: ProcessGroup) -> None:
+    """Fine-tuning: prompts have no labels and are masked, for the heads of multi-token prediction too."""
+    vocab_size = 4  # so few that heads without training are right at times
+    batch = make_batch(0, vocab_size=vocab_size)
+    prompts = torch.arange(S) < torch.tensor([[S // 2], [S - 4]])
+    batch = batch._replace(labels=batch.labels.masked_fill(prompts, -100), mask=batch.mask.masked_fill(prompts, 0.0))
+    for tied, sp in product([False, True], with_and_without_sequence_parallelism(group)):
+        results, metrics = [], []
+        model = make_model(tied=tied, sequence_parallel=sp, mtp=2, vocab_size=vocab_size)
+        for context in (contextlib.nullcontext(), converted(model)):
+            MTPLossLoggingHelper.tracker.clear()
+            with context:
+                results.append(accumulate(model, [batch]))
+            metrics.append({k: v for k, v in MTPLossLoggingHelper.tracker.items() if isinstance(v, Tensor)})
+        assert_close(results[1], results[0], f"masked {tied=} {sp=}")
+        # What Megatron-Core logs: the losses of the heads, and in new versions how often they are right.
+        assert metrics[0]
+        for name, values in metrics[0].items():
+            assert values.all(), name
+            assert max_error(metrics[1][name], values) < TOLERANCE, name
+
+
+def bias_on_rank(group: ProcessGroup) -> None:
+    """A head with a bias, as BERT has it."""
+    batches = [make_batch(seed) for seed in range(2)]
+    for tied, sp, main_grad in product([False, True], with_and_without_sequence_parallelism(group), [False, True]):
+        model = make_bert(tied=tied, sequence_parallel=sp, main_grad=main_grad)
+        torch.nn.init.normal_(model.output_layer.bias)
+        wrapped = data_parallel(model)
+        stock, logits = accumulate(wrapped, batches), forward(model, batches[0], None)
+        assert stock.tensors["output_layer.bias"].any()
+        with converted(wrapped):
+            assert_close(accumulate(wrapped, batches), stock, f"bias {tied=} {sp=} {main_grad=}")
+            assert torch.equal(forward(model, batches[0], None), logits)
 
 
 def hybrid_on_rank(group: ProcessGroup) -> None:
