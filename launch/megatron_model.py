@@ -212,25 +212,27 @@ def _cpu_in_place_of_cuda() -> Iterator[None]:
     """Let Megatron-Core run on a machine without CUDA, whose name is written into many of its functions."""
     cuda = patch.multiple(torch.cuda, current_device=lambda: torch.device("cpu"), current_stream=lambda: None)
     generators = patch.multiple(
-        megatron_random, _CUDA_RNG_STATE_TRACKER=_NoGenerators(), _CUDA_RNG_STATE_TRACKER_INITIALIZED=True
+        megatron_random, _CUDA_RNG_STATE_TRACKER=NoGenerators(), _CUDA_RNG_STATE_TRACKER_INITIALIZED=True
     )
-    with cuda, generators, _CpuForCuda():
+    with cuda, generators, CpuForCuda():
         yield
 
 
-class _NoGenerators(megatron_random.CudaRNGStatesTracker):
+class NoGenerators(megatron_random.CudaRNGStatesTracker):
     """For a model without dropout on a machine without CUDA generators."""
 
     def fork(self, name: str = "") -> Any:  # noqa: ARG002
         return contextlib.nullcontext()
 
 
-class _CpuForCuda(TorchFunctionMode):
+class CpuForCuda(TorchFunctionMode):
     """Makes tensors on the CPU that are wanted on CUDA, and calls their type what Megatron-Core's optimizer expects."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
+        if func is Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = "cpu"
         result = func(*args, **kwargs)
         return result.replace("torch.", "torch.cuda.") if func is Tensor.type and isinstance(result, str) else result

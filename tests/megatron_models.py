@@ -30,9 +30,9 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_model import CpuForCuda, NoGenerators
 from torch import Tensor
 from torch.nn import ModuleList
-from torch.overrides import TorchFunctionMode
 
 from vocab_parallel_fused import ComputeOptions
 from vocab_parallel_fused.megatron import convert
@@ -51,26 +51,6 @@ class _Apex:
     @staticmethod
     def wgrad_gemm_accum_fp16(hidden: Tensor, dlogits: Tensor, main_grad: Tensor) -> None:
         main_grad.addmm_(dlogits.t(), hidden)
-
-
-class _CudaIsCpu(TorchFunctionMode):
-    """Megatron-Core's pipelines and optimizers ask for CUDA tensors by name, and look for them by type."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is Tensor.cuda:
-            return args[0]
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        result = func(*args, **kwargs)
-        return result.replace("torch.", "torch.cuda.") if func is Tensor.type and isinstance(result, str) else result
-
-
-class _NoRngState(megatron_random.CudaRNGStatesTracker):
-    """Dropout is off, and there is no CUDA generator whose state could be forked."""
-
-    def fork(self, name: str = "") -> Any:  # noqa: ARG002
-        return contextlib.nullcontext()
 
 
 def _norm(cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:  # noqa: ARG001
@@ -96,8 +76,8 @@ def set_up(*, tensor: int, pipeline: int = 1, virtual: int | None = None, contex
     """
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.current_stream = torch.cuda.synchronize = MagicMock()
-    _CudaIsCpu().__enter__()
-    megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngState()
+    CpuForCuda().__enter__()
+    megatron_random._CUDA_RNG_STATE_TRACKER = NoGenerators()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     WrappedTorchNorm.__new__ = _norm  # pyright: ignore[reportAttributeAccessIssue]
     _hybrid_block().TENorm = WrappedTorchNorm
