@@ -1,6 +1,6 @@
 """The autograd functions: the order of the steps and what is saved. They compute nothing themselves.
 
-    forward     [gather_hidden]  →  local_stats  →  gather_stats             →  the parts merged: TokenStats, or the loss
+    forward     [gather_hidden]  →  local_stats  →  gather_stats             →  parts, merged: TokenStats, or the loss
     backward    [gather_hidden]  →  local_grads  →  reduce_hidden_grad       →  dhidden, dweight, dbias
 
 Steps in brackets run under sequence parallelism only. On a rank, with ``T`` tokens, ``K`` targets a token, ``R`` ranks:
