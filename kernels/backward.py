@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.exp_cache import ExpCache
-from vocab_parallel_fused.kernels import hopper
+from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import tile_config
+from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
 from vocab_parallel_fused.kernels.kept import kept_dlogits
 from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
@@ -232,7 +233,7 @@ def local_grads(
         coefficients = coefficients._replace(grad_target_logit=total)
 
     tiles_head = head._replace(hidden=aligned(hidden))
-    on_hopper = hopper.takes(tiles_head.hidden, arch) and coefficients.grad_logit_sum is None
+    on_hopper = hopper_tiles.takes(tiles_head.hidden, arch) and coefficients.grad_logit_sum is None
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
         level, slope, grad_logit_sum, _ = coefficients.of(tokens)
@@ -241,8 +242,8 @@ def local_grads(
             block = tiles_head.block(tokens, part)
             block = block._replace(weight=aligned(block.weight))
             out_part = out[:, part.start - rows.start : part.stop - rows.start]
-            if hopper.takes(block.hidden, arch) and grad_logit_sum is None:
-                hopper.launch_tiles(block, out_part, **of_tokens)
+            if hopper_tiles.takes(block.hidden, arch) and grad_logit_sum is None:
+                hopper_tiles.launch_tiles(block, out_part, **of_tokens)
             else:
                 num_tiles = triton.cdiv(out_part.shape[0], tile.block_t) * triton.cdiv(out_part.shape[1], tile.block_v)
                 dlogits_kernel[(num_tiles,)](
@@ -292,8 +293,9 @@ def local_grads(
         unscale=unscale,
         bytes_per_logit=hidden.element_size(),
         workspace_bytes=workspace_bytes,
-        tile=(hopper.BLOCK_T, hopper.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v),
+        tile=(hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v),
         largest=(hidden.shape[0], weight.shape[0]),
         processors=num_processors(hidden.device),
+        matmul_beside=matmul_beside,
         kept=kept,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vocab_parallel_fused.divergence import dlogits_bound
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
+from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
 from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LN2,
@@ -464,6 +465,7 @@ def local_divergence_grads(
         workspace_bytes=workspace_bytes,
         tile=(tile.block_t, tile.block_v),
         largest=(student.hidden.shape[0], student.weight.shape[0]),
+        matmul_beside=matmul_beside,
     )
 
 

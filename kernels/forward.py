@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.exp_cache import ExpCache, allocate_cache
-from vocab_parallel_fused.kernels import hopper
+from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.sweep import slices
 from vocab_parallel_fused.kernels.tiles import (
@@ -330,8 +330,8 @@ def local_stats(
     )
     # The terms that these two add to the gradient are no multiples of a kept exponential.
     keeps = not (wanted.logit_sum or wanted.expected_logit)
-    on_hopper = hopper.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
-    block_t, block_v = (hopper.BLOCK_T, hopper.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
+    on_hopper = hopper_tiles.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
+    block_t, block_v = (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
     cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, block_v) if keeps else None
     _target_logits(head, target_row, stats, cache, arch, tile)
     reduced = {
@@ -344,7 +344,7 @@ def local_stats(
     }
     num_wanted = sum(field is not None for field in reduced.values())
     num_kept = 0 if cache is None else cache.exps.shape[1]
-    launch_tokens = hopper.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
+    launch_tokens = hopper_tiles.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
     for tokens in slices(T, launch_tokens):
         num_tokens = tokens.stop - tokens.start
         most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
@@ -367,7 +367,7 @@ def local_stats(
                 if cache is not None and rows.start < num_kept:
                     exps, reference = cache.exps[tokens, rows], cache.reference[tokens]
                 if on_hopper:
-                    hopper.launch_tiles(block, exps, strip=strip, reference_ptr=reference, **partials)
+                    hopper_tiles.launch_tiles(block, exps, strip=strip, reference_ptr=reference, **partials)
                 else:
                     partial_stats_kernel[(tiles_t * num_partials,)](
                         class_weight_ptr=None if class_weight is None else class_weight[rows],

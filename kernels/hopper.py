@@ -1,18 +1,22 @@
-"""Tiles of logits on Hopper, with loads, products and what follows them each in warps of their own.
+"""Hopper's products: loads, multiplications and what follows them each in warps of their own.
 
-A kernel of Triton's has one program per tile, and an SM has room for one program: while it takes exponentials, or
-waits for its first loads, the matrix units stand still. Here one program stays on each SM and walks over the tiles. One
-warp loads, ahead into the next tile; two groups of four warps take half of each tile's tokens each, and while one of
-them is busy with its exponentials the other may still multiply. Written in Gluon, the language beneath Triton, for fp16
-and bf16.
+A kernel of Triton's has one program per tile, and an SM has room for one program: while it takes exponentials, stores,
+or waits for its first loads, the matrix units stand still. Here one program stays on each SM and walks over tiles
+``[BLOCK_M, BLOCK_N]`` of a product ``x @ w``. One warp loads, ahead into the next tile; two groups of four warps take
+half of each tile's rows each, and while one of them is busy with what becomes of its half the other may still multiply.
+Written in Gluon, the language beneath Triton, for fp16 and bf16. ``hopper_tiles.py`` makes statistics and gradients of
+logits of it, ``hopper_matmul.py`` a matrix.
 
 ``full[s]`` completes when the operands of stage ``s`` have arrived, ``empty[s]`` when both groups have read them. Use
 ``n`` of a stage is phase ``n`` of ``full``, so its reader waits for parity ``n % 2``. The loader waits until use
 ``n − 1`` is over: parity ``1 − n % 2``, which of a fresh barrier counts as complete.
 
-The one kernel has the epilogues of ``forward.partial_stats_kernel``, but for the sum of the logits and the argument of
-the largest, and of ``backward.dlogits_kernel``, but for that sum's gradient. An output or operand that is None is not
-wanted. The statistics of a strip of tiles merge in registers, so that the partials of any vocabulary fit one launch.
+Tiles are drawn from a counter, so that whoever is free takes the next: where a message's kernel holds some of the SMs
+for a while, the programs that come late to them find less to do. The loader draws, and leaves the number with the first
+operands of a tile: ``numbers[s]`` is to be read once ``full[s]`` is complete, and below 0 there are no more. Which
+program computes a tile changes no bit of it. ``strip`` tiles of the same rows are drawn together.
+
+Operands lie in memory as ``x`` ``[M, K]`` and ``w`` ``[N, K]``, or the other way round where called transposed.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -21,6 +25,7 @@ wanted. The statistics of a strip of tiles merge in registers, so that the parti
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,34 +38,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vocab_parallel_fused.kernels.tiles import (
-    LEAST_LOG2,
-    LN2,
-    LOG2E,
-    log2_from,
-    num_processors,
-    tile_position,
-    times_derivative,
-    transform_kwargs,
-    transform_logits,
-)
-from vocab_parallel_fused.transform import Operands
+from vocab_parallel_fused.kernels.tiles import num_processors, tile_position
 
-BLOCK_T, BLOCK_V = 128, 256
-STORE_V = 64  # columns of a store: 128 bytes, the widest swizzle
+BLOCK_M, BLOCK_N = 128, 256
 # Eight short stages, not four long ones, so that less of a tile's first product waits for its operands.
-_LAUNCH: dict[str, Any] = {"BLOCK_H": 32, "STAGES": 8, "GROUP_T": 16, "num_warps": 4}
-_LONGEST_STRIP = 8
+LAUNCH: dict[str, Any] = {"BLOCK_K": 32, "STAGES": 8, "GROUP_M": 16, "num_warps": 4}
+_WIDEST_SWIZZLE = 128  # bytes
 # Kernels may read globals that are constexpr.
-_BLOCK_T = gl.constexpr(BLOCK_T)
-_HALF_T = gl.constexpr(BLOCK_T // 2)
-_BLOCK_V = gl.constexpr(BLOCK_V)
-_STORE_V = gl.constexpr(STORE_V)
+TILE_M, HALF_M, TILE_N = gl.constexpr(BLOCK_M), gl.constexpr(BLOCK_M // 2), gl.constexpr(BLOCK_N)
+# Warps of the second group and of the loader, and their registers per thread.
+WARPS, REGISTERS = gl.constexpr([4, 1]), gl.constexpr([240, 24])
 _STORE_BUFFERS = gl.constexpr(2)
 
 # Triton 3.9 renamed these two.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def allocate(x, w, STAGES: gl.constexpr):
+    """Shared memory of the stages, for descriptors as :func:`operand_descriptors` makes."""
+    x_smem = gl.allocate_shared_memory(x.dtype, [2 * STAGES] + x.block_type.shape, x.layout)
+    w_smem = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
+    numbers = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    return x_smem, w_smem, numbers, full, empty
+
+
+@gluon.jit
+def allocate_stores(out):
+    """Shared memory for what is on its way to a descriptor as :func:`store_descriptor` makes."""
+    return gl.allocate_shared_memory(out.dtype, [_STORE_BUFFERS] + out.block_type.shape, out.layout)
 
 
 @gluon.jit
@@ -71,42 +84,69 @@ def _next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_tiles(
-    hidden, weight, hidden_smem, weight_smem, full, empty, T, V, H, strip, BLOCK_H: gl.constexpr,
-    STAGES: gl.constexpr, GROUP_T: gl.constexpr,
+def load_tiles(
+    x, w, x_smem, w_smem, numbers, full, empty, counter_ptr, M, N, K, strip, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr, X_TRANSPOSED: gl.constexpr, W_TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """The loader's walk. What lies past the ends arrives as zeros."""
-    num_t, num_v = gl.cdiv(T, _BLOCK_T), gl.cdiv(V, _BLOCK_V)
-    num_strips = gl.cdiv(num_v, strip)
+    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    num_m, num_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
+    num_strips = gl.cdiv(num_n, strip)
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
-    for index in range(gl.program_id(0), num_t * num_strips, gl.num_programs(0)):
-        pid_t, pid_strip = tile_position(index, num_t, num_strips, GROUP_T)
-        for pid_v in range(pid_strip * strip, gl.minimum((pid_strip + 1) * strip, num_v)):
-            for off_h in range(0, H, BLOCK_H):
+    number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    while number < num_m * num_strips:
+        pid_m, pid_strip = tile_position(number, num_m, num_strips, GROUP_M)
+        mbarrier.wait(empty.index(stage), phase)
+        numbers.index(stage).store(gl.full([1], number, gl.int32, scalar))
+        for pid_n in range(pid_strip * strip, gl.minimum((pid_strip + 1) * strip, num_n)):
+            for off_k in range(0, K, BLOCK_K):
                 arrived = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(arrived, (_BLOCK_T + _BLOCK_V) * BLOCK_H * 2)
+                mbarrier.expect(arrived, (TILE_M + TILE_N) * BLOCK_K * 2)
                 for half in gl.static_range(2):
-                    off_t = pid_t * _BLOCK_T + half * _HALF_T
-                    _load(hidden, [off_t, off_h], arrived, hidden_smem.index(2 * stage + half))
-                _load(weight, [pid_v * _BLOCK_V, off_h], arrived, weight_smem.index(stage))
+                    off_m = pid_m * TILE_M + half * HALF_M
+                    _load_block(x, off_m, off_k, arrived, x_smem.index(2 * stage + half), X_TRANSPOSED)
+                _load_block(w, pid_n * TILE_N, off_k, arrived, w_smem.index(stage), W_TRANSPOSED)
                 stage, phase = _next_stage(stage, phase, STAGES)
+        number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    mbarrier.wait(empty.index(stage), phase)
+    numbers.index(stage).store(gl.full([1], -1, gl.int32, scalar))
+    mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
-def _product(hidden_smem, weight_smem, full, empty, stage, phase, H, HALF: gl.constexpr, BLOCK_H: gl.constexpr,
-             STAGES: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """x · w [_HALF_T, _BLOCK_V] in fp32, and the next stage. A stage is let go once the product after it has begun."""
+def _load_block(matrix, off_row, off_k, arrived, smem, TRANSPOSED: gl.constexpr):
+    if TRANSPOSED:
+        _load(matrix, [off_k, off_row], arrived, smem)
+    else:
+        _load(matrix, [off_row, off_k], arrived, smem)
+
+
+@gluon.jit
+def next_number(numbers, full, stage, phase):
+    """The number of the strip whose first operands come next; below 0 there is none."""
+    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     mbarrier.wait(full.index(stage), phase)
-    z = gl.zeros([_HALF_T, _BLOCK_V], gl.float32, layout)
-    z = warpgroup_mma(hidden_smem.index(2 * stage + HALF), weight_smem.index(stage).permute([1, 0]), z, is_async=True)
+    return gl.max(numbers.index(stage).load(scalar), axis=0)
+
+
+@gluon.jit
+def product(
+    x_smem, w_smem, full, empty, stage, phase, K, HALF: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    X_TRANSPOSED: gl.constexpr, W_TRANSPOSED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """x @ w [HALF_M, TILE_N] in fp32, and the next stage. A stage is let go once the product after it has begun."""
+    mbarrier.wait(full.index(stage), phase)
+    z = gl.zeros([HALF_M, TILE_N], gl.float32, layout)
+    x, w = _operands(x_smem, w_smem, stage, HALF, X_TRANSPOSED, W_TRANSPOSED)
+    z = warpgroup_mma(x, w, z, is_async=True)
     z = warpgroup_mma_wait(1, deps=[z])
     before = stage
     stage, phase = _next_stage(stage, phase, STAGES)
-    for _ in range(BLOCK_H, H, BLOCK_H):
+    for _ in range(BLOCK_K, K, BLOCK_K):
         mbarrier.wait(full.index(stage), phase)
-        x, w = hidden_smem.index(2 * stage + HALF), weight_smem.index(stage)
-        z = warpgroup_mma(x, w.permute([1, 0]), z, is_async=True)
+        x, w = _operands(x_smem, w_smem, stage, HALF, X_TRANSPOSED, W_TRANSPOSED)
+        z = warpgroup_mma(x, w, z, is_async=True)
         z = warpgroup_mma_wait(1, deps=[z])
         mbarrier.arrive(empty.index(before), count=1)
         before = stage
@@ -117,237 +157,75 @@ def _product(hidden_smem, weight_smem, full, empty, stage, phase, H, HALF: gl.co
 
 
 @gluon.jit
-def _store_columns(out, values, out_smem, off_t, off_v, layout: gl.constexpr, COLUMNS: gl.constexpr):
-    """values [_HALF_T, COLUMNS] in pieces that take turns in the buffers."""
-    if COLUMNS > _STORE_V:
-        left, right = values.reshape([_HALF_T, 2, COLUMNS // 2]).permute(0, 2, 1).split()
-        _store_columns(out, left, out_smem, off_t, off_v, layout, COLUMNS // 2)
-        _store_columns(out, right, out_smem, off_t, off_v + COLUMNS // 2, layout, COLUMNS // 2)
+def _operands(x_smem, w_smem, stage, HALF: gl.constexpr, X_TRANSPOSED: gl.constexpr, W_TRANSPOSED: gl.constexpr):
+    """x [HALF_M, BLOCK_K] and w [BLOCK_K, TILE_N] of a stage."""
+    x, w = x_smem.index(2 * stage + HALF), w_smem.index(stage)
+    if X_TRANSPOSED:
+        x = x.permute([1, 0])
+    if not W_TRANSPOSED:
+        w = w.permute([1, 0])
+    return x, w
+
+
+@gluon.jit
+def store_columns(out, values, out_smem, off_m, off_n, layout: gl.constexpr, COLUMNS: gl.constexpr):
+    """values [HALF_M, COLUMNS] in pieces that take turns in the buffers."""
+    WIDTH: gl.constexpr = out.block_type.shape[1]
+    if COLUMNS > WIDTH:
+        left, right = values.reshape([HALF_M, 2, COLUMNS // 2]).permute(0, 2, 1).split()
+        store_columns(out, left, out_smem, off_m, off_n, layout, COLUMNS // 2)
+        store_columns(out, right, out_smem, off_m, off_n + COLUMNS // 2, layout, COLUMNS // 2)
     else:
-        piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STORE_V, 16])
-        buffer = out_smem.index((off_v // _STORE_V) % _STORE_BUFFERS)
+        piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+        buffer = out_smem.index((off_n // WIDTH) % _STORE_BUFFERS)
         # All but the latest stores have read their buffers.
         tma.store_wait(_STORE_BUFFERS - 1)
         buffer.store(gl.convert_layout(values.to(out.dtype), piece, assert_trivial=True))
         fence_async_shared()
-        _store(out, [off_t, off_v], buffer)
+        _store(out, [off_m, off_n], buffer)
 
 
-@gluon.jit
-def _merge(maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp_logit):
-    """Two parts of a token's classes, as in `forward.merge_partials_kernel`."""
-    new_max = gl.maximum(maximum, tile_max)
-    finite = gl.where(new_max == -float("inf"), 0.0, new_max)
-    shift, tile_shift = maximum - finite, tile_max - finite
-    scale, tile_scale = gl.exp2(shift * LOG2E), gl.exp2(tile_shift * LOG2E)
-    tile_sum_exp_logit += tile_sum_exp * gl.maximum(tile_shift, -128.0)
-    sum_exp_logit += sum_exp * gl.maximum(shift, -128.0)
-    return (
-        new_max,
-        sum_exp * scale + tile_sum_exp * tile_scale,
-        sum_exp_logit * scale + tile_sum_exp_logit * tile_scale,
-    )
+def operand_descriptors(
+    x: Tensor, w: Tensor, *, x_transposed: bool = False, w_transposed: bool = False
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of matrices as they lie in memory."""
+    return _operand_descriptor(x, BLOCK_M // 2, x_transposed), _operand_descriptor(w, BLOCK_N, w_transposed)
 
 
-@gluon.jit
-def _reduce_tiles(
-    bias_ptr, out, out_smem, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr, reference_ptr, max_ptr,
-    level_ptr, slope_ptr, hidden_smem, weight_smem, full, empty, T, V, H, strip, inner, outer, HALF: gl.constexpr,
-    BLOCK_H: gl.constexpr, STAGES: gl.constexpr, GROUP_T: gl.constexpr, TRANSFORM: gl.constexpr,
-):  # fmt: skip
-    """The walk of the group that has this half of each tile's tokens."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK_V, 16])
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    columns: gl.constexpr = gl.SliceLayout(0, layout)
-    num_t, num_v = gl.cdiv(T, _BLOCK_T), gl.cdiv(V, _BLOCK_V)
-    num_strips = gl.cdiv(num_v, strip)
-    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    for index in range(gl.program_id(0), num_t * num_strips, gl.num_programs(0)):
-        pid_t, pid_strip = tile_position(index, num_t, num_strips, GROUP_T)
-        off_t = pid_t * _BLOCK_T + HALF * _HALF_T
-        offs_t = off_t + gl.arange(0, _HALF_T, rows)
-        mask_t = offs_t < T
-        # Read before the product, which hides the wait for them.
-        if reference_ptr is not None:
-            reference = gl.load(reference_ptr + offs_t, mask=mask_t, other=0.0)
-        if level_ptr is not None:
-            finite = gl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
-            level = gl.load(level_ptr + offs_t, mask=mask_t, other=0.0)
-        if slope_ptr is not None:
-            slope = gl.load(slope_ptr + offs_t, mask=mask_t, other=0.0)
-        maximum = gl.full([_HALF_T], -float("inf"), gl.float32, rows)
-        sum_exp = gl.zeros([_HALF_T], gl.float32, rows)
-        sum_exp_logit = sum_exp
-
-        for pid_v in range(pid_strip * strip, gl.minimum((pid_strip + 1) * strip, num_v)):
-            z, stage, phase = _product(
-                hidden_smem, weight_smem, full, empty, stage, phase, H, HALF, BLOCK_H, STAGES, layout
-            )
-            off_v = pid_v * _BLOCK_V
-            offs_v = off_v + gl.arange(0, _BLOCK_V, columns)
-            if bias_ptr is not None:
-                z += gl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(gl.float32)[None, :]
-            z = transform_logits(z, inner, outer, TRANSFORM)
-            if level_ptr is None:
-                if off_v + _BLOCK_V > V:
-                    z = gl.where((offs_v < V)[None, :], z, -float("inf"))
-                tile_max = gl.max(z, axis=1)
-                # A bias may be −inf for a whole tile.
-                finite = gl.where(tile_max == -float("inf"), 0.0, tile_max)
-            shifted, rounding = log2_from(z, finite)
-            largest = gl.exp2(rounding)
-            exps = gl.exp2(shifted)
-            if level_ptr is None:
-                # Rounded correctly, since a sum that falls below 1 would make a positive log-probability.
-                tile_sum_exp = gl.div_rn(gl.sum(exps, axis=1), largest)
-                tile_sum_exp_logit = tile_sum_exp
-                if partial_sum_exp_logit_ptr is not None:
-                    terms = exps * gl.maximum(shifted - rounding[:, None], LEAST_LOG2)
-                    tile_sum_exp_logit = gl.sum(terms, axis=1) * (LN2 / largest)
-                maximum, sum_exp, sum_exp_logit = _merge(
-                    maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp_logit
-                )
-                if reference_ptr is not None:
-                    exps *= (gl.exp2((finite - reference) * LOG2E) / largest)[:, None]
-            elif slope_ptr is not None:
-                differences = gl.maximum(shifted - rounding[:, None], LEAST_LOG2)
-                exps *= (level / largest)[:, None] + (slope * (LN2 / largest))[:, None] * differences
-            else:
-                exps *= (level / largest)[:, None]
-            if out is not None:
-                values = times_derivative(exps, z, inner, outer, TRANSFORM)
-                _store_columns(out, values, out_smem, off_t, off_v, layout, _BLOCK_V)
-
-        offs = pid_strip.to(gl.int64) * T + offs_t
-        if partial_max_ptr is not None:
-            gl.store(partial_max_ptr + offs, maximum, mask=mask_t)
-            gl.store(partial_sum_exp_ptr + offs, sum_exp, mask=mask_t)
-        if partial_sum_exp_logit_ptr is not None:
-            gl.store(partial_sum_exp_logit_ptr + offs, sum_exp_logit, mask=mask_t)
-    if out is not None:
-        tma.store_wait(0)
+def _operand_descriptor(matrix: Tensor, rows: int, transposed: bool) -> TensorDescriptor:
+    return _descriptor(matrix, *operand_box(rows, transposed=transposed))
 
 
-@gluon.jit(do_not_specialize=["T", "V", "H", "strip"])
-def tiles_kernel(
-    hidden,  # [T, H] descriptor of [_HALF_T, BLOCK_H] blocks
-    weight,  # [V, H] descriptor of [_BLOCK_V, BLOCK_H] blocks
-    bias_ptr,  # [V] or None
-    out,  # [T, V] descriptor of [_HALF_T, _STORE_V] blocks, out, or None: kept exponentials, or dlogits
-    partial_max_ptr,  # [num_strips, T] out, or None: write dlogits
-    partial_sum_exp_ptr,  # [num_strips, T] out, or None
-    partial_sum_exp_logit_ptr,  # [num_strips, T] out, or None
-    reference_ptr,  # [T] or None: keep no exponentials
-    max_ptr,  # [T] or None
-    level_ptr,  # [T] or None: write statistics
-    slope_ptr,  # [T] or None
-    T,
-    V,
-    H,
-    strip,  # tiles of the same tokens that leave one partial
-    inner,
-    outer,
-    BLOCK_H: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP_T: gl.constexpr,
-    TRANSFORM: gl.constexpr,
-):
-    operand: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * BLOCK_H, element_bitwidth=16, rank=2)
-    hidden_smem = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, _HALF_T, BLOCK_H], operand)
-    weight_smem = gl.allocate_shared_memory(hidden.dtype, [STAGES, _BLOCK_V, BLOCK_H], operand)
-    out_smem_0 = hidden_smem
-    out_smem_1 = hidden_smem
-    if out is not None:
-        stored: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        out_smem_0 = gl.allocate_shared_memory(hidden.dtype, [_STORE_BUFFERS, _HALF_T, _STORE_V], stored)
-        out_smem_1 = gl.allocate_shared_memory(hidden.dtype, [_STORE_BUFFERS, _HALF_T, _STORE_V], stored)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _reduce_tiles,
-                (
-                    bias_ptr, out, out_smem_0, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr,
-                    reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem, weight_smem, full, empty, T, V, H,
-                    strip, inner, outer, 0, BLOCK_H, STAGES, GROUP_T, TRANSFORM,
-                ),
-            ),
-            (
-                _reduce_tiles,
-                (
-                    bias_ptr, out, out_smem_1, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr,
-                    reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem, weight_smem, full, empty, T, V, H,
-                    strip, inner, outer, 1, BLOCK_H, STAGES, GROUP_T, TRANSFORM,
-                ),
-            ),
-            (
-                _load_tiles,
-                (hidden, weight, hidden_smem, weight_smem, full, empty, T, V, H, strip, BLOCK_H, STAGES, GROUP_T),
-            ),
-        ],
-        [4, 1],  # warps of the second group and of the loader
-        [240, 24],  # and their registers per thread
-    )  # fmt: skip
+def operand_box(rows: int, *, transposed: bool) -> tuple[int, int, int]:
+    """The shape of so many rows or, transposed, columns in a stage, and the bytes of its swizzle."""
+    block_k = LAUNCH["BLOCK_K"]
+    return (block_k, rows, _WIDEST_SWIZZLE) if transposed else (rows, block_k, 2 * block_k)
 
 
-def takes(hidden: Tensor, arch: str) -> bool:
-    """Whether this kernel computes the tiles of these tokens: on Hopper, in 16 bits, if they are more than half a tile.
-    The operands must be aligned."""
-    return arch == "sm_90" and hidden.dtype.itemsize == 2 and hidden.shape[0] > BLOCK_T // 2
+def store_descriptor(out: Tensor) -> TensorDescriptor:
+    return _descriptor(out, *store_box(out.element_size()))
 
 
-def tokens_per_launch(num_rows: int, bytes_per_token: int, partial_bytes: int) -> int:
-    """How many tokens to take at a time so that strips stay short, as programs that drift apart share no loads.
-
-    Args:
-        num_rows: ``V``.
-        bytes_per_token: of one partial.
-        partial_bytes: memory for the partials of a launch.
-    """
-    partials = -(-num_rows // (_LONGEST_STRIP * BLOCK_V))
-    group = _LAUNCH["GROUP_T"] * BLOCK_T
-    return max(1, partial_bytes // (bytes_per_token * partials * group)) * group
+def store_box(itemsize: int) -> tuple[int, int, int]:
+    """The shape of what is stored at a time, and the bytes of its swizzle."""
+    return BLOCK_M // 2, _WIDEST_SWIZZLE // itemsize, _WIDEST_SWIZZLE
 
 
-def launch_tiles(head: Operands, out: Tensor | None, *, strip: int = 1, **pointers: Tensor | None) -> None:
-    """Launch the kernel on one block of rows.
-
-    Args:
-        head: its tokens and rows.
-        out: ``[T, V]`` in the inputs' dtype, or None. Up to 7 elements past the end of each row are overwritten.
-        strip: how many tiles of the same tokens leave one partial.
-        **pointers: of the kernel's arguments; None is not wanted, and as good as left out.
-    """
-    hidden, weight, bias, transform = head
-    T, V = hidden.shape[0], weight.shape[0]
-    num_strips = -(-T // BLOCK_T) * -(-V // (strip * BLOCK_V))
-    every = dict.fromkeys(name for name in tiles_kernel.arg_names if name.endswith("_ptr"))
-    wanted = {name: pointer for name, pointer in pointers.items() if pointer is not None}
-    block_h = _LAUNCH["BLOCK_H"]
-    tiles_kernel[(min(num_strips, num_processors(hidden.device)),)](
-        hidden=_descriptor(hidden, BLOCK_T // 2, block_h),
-        weight=_descriptor(weight, BLOCK_V, block_h),
-        out=None if out is None else _descriptor(out, BLOCK_T // 2, STORE_V),
-        T=T,
-        V=V,
-        H=min(hidden.shape[1], weight.shape[1]),
-        strip=strip,
-        **(every | wanted | {"bias_ptr": bias}),
-        **transform_kwargs(transform),
-        **_LAUNCH,
-    )
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], _swizzled(columns))
+def _descriptor(matrix: Tensor, rows: int, columns: int, swizzle_bytes: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], swizzled(swizzle_bytes, 8 * matrix.element_size()))
 
 
 @functools.cache
-def _swizzled(columns: int) -> Any:
-    """The layout in shared memory of rows of so many 16-bit numbers."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2)
+def swizzled(swizzle_bytes: int, bits: int) -> Any:
+    """The layout in shared memory of rows of numbers of so many bits."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
+
+
+def programs(M: int, N: int, device: torch.device, *, strip: int = 1) -> tuple[int]:
+    """The grid of a launch."""
+    return (min(-(-M // BLOCK_M) * -(-N // (strip * BLOCK_N)), num_processors(device)),)
+
+
+def new_counter(device: torch.device) -> Tensor:
+    """From which the programs of one launch draw their tiles."""
+    return torch.zeros(1, dtype=torch.int32, device=device)

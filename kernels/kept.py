@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.exp_cache import ExpCache
+from vocab_parallel_fused.kernels import hopper_matmul
 from vocab_parallel_fused.kernels.configs import TileConfig
-from vocab_parallel_fused.kernels.sweep import KeptDlogits
+from vocab_parallel_fused.kernels.sweep import KeptDlogits, matmul_into
 from vocab_parallel_fused.kernels.tiles import (
     current_arch,
     log2_from,
@@ -230,7 +231,7 @@ def kept_dlogits(
         stride_dlogits_t=cache.exps.stride(0),
         **operand_kwargs(head, arch, tile),
     )
-    return KeptDlogits(cache.exps, scale, scale_rows)
+    return KeptDlogits(cache.exps, scale, scale_rows, scaled_matmul)
 
 
 def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -239,3 +240,12 @@ def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
     grid = (triton.cdiv(N, _ROWS_LAUNCH["BLOCK_N"]), triton.cdiv(H, _ROWS_LAUNCH["BLOCK_H"]))
     strides = (matrix.stride(0), matrix.stride(1), out.stride(0))
     scale_rows_kernel[grid](matrix, scale, out, N, H, *strides, **_ROWS_LAUNCH)
+
+
+def scaled_matmul(out: Tensor, values: Tensor, matrix: Tensor, scale: Tensor) -> None:
+    """``out = scale[:, None] · (values @ matrix)``."""
+    if hopper_matmul.takes(out, values, matrix):
+        hopper_matmul.matmul(out, values, matrix, scale)
+    else:
+        matmul_into(out, values, matrix)
+        scale_rows(out, scale, out)

@@ -38,6 +38,10 @@ _MOST_BLOCKS_COMPARED = 32
 _GEMM_ROWS = 8
 
 
+Matmul = Callable[[Tensor, Tensor, Tensor], None]
+"""``(out, a, b)``: ``out = a @ b``, see :func:`matmul_into`."""
+
+
 class GradBuffers(NamedTuple):
     """Where a head's gradients go; None: not wanted."""
 
@@ -55,6 +59,7 @@ class KeptDlogits(NamedTuple):
     values: Tensor  # [T, V_kept], in the dtype of the operands
     scale: Tensor  # [T] fp32
     scale_rows: Callable[[Tensor, Tensor, Tensor], None]  # (matrix [N, H], scale [N], out [N, H])
+    scaled_matmul: Callable[[Tensor, Tensor, Tensor, Tensor], None]  # (out [N, H], values [N, V], matrix, scale [N])
 
 
 class Blocks(NamedTuple):
@@ -167,6 +172,7 @@ def sweep_grads(
     largest: tuple[int, int],
     processors: int = 1,
     kept: KeptDlogits | None = None,
+    matmul_beside: Matmul | None = None,
 ) -> None:
     """Write the gradients that are wanted.
 
@@ -181,6 +187,7 @@ def sweep_grads(
         workspace_bytes: memory that blocks may take.
         tile, largest, processors: see :func:`plan_blocks`.
         kept: dlogits of the first rows, for which ``write_dlogits`` is then not called.
+        matmul_beside: used instead of :func:`matmul_into` where a message shares the device.
     """
     hidden, weight, *_ = head
     (T, H), V = hidden.shape, weight.shape[0]
@@ -204,7 +211,7 @@ def sweep_grads(
     dbias_sum = None if dbias is None else dbias.new_zeros(V, dtype=dtype)
     if kept is not None:
         of_kept = buffers._replace(dweight=dweight, accumulate_dweight=accumulate_dweight)
-        _write_kept_rows(kept, head, of_kept, dbias_sum)
+        _write_kept_rows(kept, head, of_kept, dbias_sum, matmul_beside)
     if num_kept < V:
         # Sums may be added up in a gradient of their own dtype. A single product rounds its fp32 sum once, so it can
         # be written into a gradient of its operands' dtype.
@@ -235,6 +242,7 @@ def sweep_grads(
         workspace = hidden.new_empty(min(blocks.block_t, T), blocks.block_v, dtype=dlogits_dtype)
         dhidden_sum = _Sum(dhidden, min(blocks.group_t, T), dtype, in_place=hidden_in_place)
         dweight_sum = _Sum(dweight, min(blocks.block_v, V), dtype, in_place=weight_in_place)
+        matmul = None
         for group in slices(T, blocks.group_t):
             _write_kept_dhidden(kept, group, weight, None if dhidden is None else dhidden_sum.part(group, group))
             for rows in row_blocks:
@@ -247,8 +255,9 @@ def sweep_grads(
                         dhidden_sum.finish(group, unscale)
                         if tokens.stop == T and dhidden_ready is not None:
                             dhidden_ready()
+                            matmul = matmul_beside
                     first = tokens.start == 0 and not (accumulate_dweight and weight_in_place)
-                    dweight_sum.add(rows, rows, dlogits.t(), hidden[tokens], first=first)
+                    dweight_sum.add(rows, rows, dlogits.t(), hidden[tokens], first=first, matmul=matmul)
                     if dbias_sum is not None:
                         dbias_sum[rows] += dlogits.sum(dim=0, dtype=dtype)
                 dweight_sum.finish(rows, unscale, accumulate=accumulate_dweight)
@@ -279,9 +288,9 @@ class _Sum:
         assert self.grad is not None
         return self.grad[rows] if self.own is None else self.own[rows.start - of.start : rows.stop - of.start]
 
-    def add(self, rows: slice, of: slice, a: Tensor, b: Tensor, *, first: bool) -> None:
+    def add(self, rows: slice, of: slice, a: Tensor, b: Tensor, *, first: bool, matmul: Matmul | None = None) -> None:
         if self.grad is not None:
-            _matmul_into(self.part(rows, of), a, b, accumulate=not first)
+            _add_product(self.part(rows, of), a, b, first=first, matmul=matmul)
 
     def finish(self, rows: slice, unscale: Tensor | None, *, accumulate: bool = False) -> None:
         """Round the sum into the gradient, or add it, undoing the scale."""
@@ -293,16 +302,24 @@ class _Sum:
         self.grad[rows].add_(total) if accumulate else self.grad[rows].copy_(total)
 
 
-def _write_kept_rows(kept: KeptDlogits, head: Operands, buffers: GradBuffers, dbias_sum: Tensor | None) -> None:
+def _write_kept_rows(
+    kept: KeptDlogits,
+    head: Operands,
+    buffers: GradBuffers,
+    dbias_sum: Tensor | None,
+    matmul_beside: Matmul | None,
+) -> None:
     """Gradients of the rows that are kept, and dhidden if these are all."""
     hidden, weight, *_ = head
     dhidden, dweight, _, accumulate_dweight, dhidden_ready = buffers
     num_kept = kept.values.shape[1]
     tokens = slice(0, hidden.shape[0])
     dhidden_here = dhidden if num_kept == weight.shape[0] else None
+    matmul = None
     if dhidden_here is not None and dhidden_ready is not None:
         _write_kept_dhidden(kept, tokens, weight, dhidden_here)
         dhidden_ready()
+        matmul = matmul_beside
     if dweight is not None:
         # Unless it is on its way, dhidden's memory can hold the scaled hidden states before it is written.
         lent = dhidden is not None and dhidden.dtype == hidden.dtype and (dhidden_ready is None or dhidden_here is None)
@@ -310,10 +327,10 @@ def _write_kept_rows(kept: KeptDlogits, head: Operands, buffers: GradBuffers, db
             dhidden if dhidden is not None and lent else torch.empty_like(hidden, memory_format=torch.contiguous_format)
         )
         kept.scale_rows(hidden, kept.scale, scaled)
-        _matmul_into(dweight[:num_kept], kept.values.t(), scaled, accumulate=accumulate_dweight)
+        _add_product(dweight[:num_kept], kept.values.t(), scaled, first=not accumulate_dweight, matmul=matmul)
     if dbias_sum is not None:
         scale = kept.scale.to(kept.values.dtype)[:, None]
-        _matmul_into(dbias_sum[:num_kept, None], kept.values.t(), scale, accumulate=False)
+        matmul_into(dbias_sum[:num_kept, None], kept.values.t(), scale)
     if dhidden_ready is None:
         _write_kept_dhidden(kept, tokens, weight, dhidden_here)
 
@@ -321,8 +338,7 @@ def _write_kept_rows(kept: KeptDlogits, head: Operands, buffers: GradBuffers, db
 def _write_kept_dhidden(kept: KeptDlogits | None, tokens: slice, weight: Tensor, out: Tensor | None) -> None:
     if kept is None or out is None:
         return
-    _matmul_into(out, kept.values[tokens], weight[: kept.values.shape[1]], accumulate=False)
-    kept.scale_rows(out, kept.scale[tokens], out)
+    kept.scaled_matmul(out, kept.values[tokens], weight[: kept.values.shape[1]], kept.scale[tokens])
 
 
 def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,7 +356,14 @@ def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / unscale, unscale
 
 
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool, matmul: Matmul | None) -> None:
+    if first and matmul is not None:
+        matmul(total, a, b)
+    else:
+        matmul_into(total, a, b, accumulate=not first)
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``, summed in ``out``'s precision and at least fp32 inside the GEMM."""
     beta = 1 if accumulate else 0
     if a.dtype == b.dtype == out.dtype:

@@ -208,6 +208,8 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
             compiler.build(kept.scale_rows_kernel, row_types, kept._ROWS_LAUNCH, {}, f"rows, {about}")
     if compiler.arch == "sm_90" and dtype != torch.float32 and descriptors:
         compile_for_hopper(compiler, dtype, transform, has_bias=has_bias)
+        if transform == "identity":
+            compile_matmul(compiler, dtype)
     if transform == "scale":
         compiler.build(selection.logits_kernel, types | {"logits_ptr": "*fp32"}, constants, options, about)
         return
@@ -231,13 +233,13 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
 def compile_for_hopper(compiler: Compiler, dtype: Any, transform: str, *, has_bias: bool) -> None:
     import torch
 
-    from vocab_parallel_fused.kernels import hopper
+    from vocab_parallel_fused.kernels import hopper_tiles
 
-    pointers = {name for name in hopper.tiles_kernel.arg_names if name.endswith("_ptr")}
+    pointers = {name for name in hopper_tiles.tiles_kernel.arg_names if name.endswith("_ptr")} - {"counter_ptr"}
     stats = {"partial_max_ptr", "partial_sum_exp_ptr"}
     dlogits = {"max_ptr", "level_ptr", "out"}
-    element, launch = _element(dtype), dict(hopper._LAUNCH)
-    options = {"num_warps": launch.pop("num_warps")}
+    types, launch, options = _hopper_launch(dtype, "hidden", "weight", out_dtype=dtype)
+    types |= {"bias_ptr": _element(dtype, pointer=True), "inner": "fp32", "outer": "fp32"}
     for present in (
         stats,
         stats | {"partial_sum_exp_logit_ptr"},
@@ -246,15 +248,44 @@ def compile_for_hopper(compiler: Compiler, dtype: Any, transform: str, *, has_bi
         dlogits | {"slope_ptr"},
     )[: None if dtype == torch.bfloat16 else 1]:
         absent = (pointers | {"out"}) - present - ({"bias_ptr"} if has_bias else set())
-        boxes = {"hidden": (hopper.BLOCK_T // 2, launch["BLOCK_H"]), "weight": (hopper.BLOCK_V, launch["BLOCK_H"])}
-        boxes["out"] = (hopper.BLOCK_T // 2, hopper.STORE_V)
-        types = {
-            name: f"tensordesc<{element}[{rows}, {columns}],{hopper._swizzled(columns)!r}>"
-            for name, (rows, columns) in boxes.items()
-        }
-        types |= {"bias_ptr": f"*{element}", "inner": "fp32", "outer": "fp32"}
         constants = launch | {"TRANSFORM": transform, **dict.fromkeys(absent)}
-        compiler.build(hopper.tiles_kernel, types, constants, options, f"{dtype} descriptors {transform=} {present}")
+        compiler.build(hopper_tiles.tiles_kernel, types, constants, options, f"{dtype} {transform=} {present}")
+
+
+def compile_matmul(compiler: Compiler, dtype: Any) -> None:
+    """Products for dhidden, whose rows are scaled, and for dweight."""
+    import torch
+
+    from vocab_parallel_fused.kernels import hopper_matmul
+
+    for of_dweight in (False, True):
+        for out_dtype in (dtype, torch.float32):
+            types, constants, options = _hopper_launch(
+                dtype, "x", "w", x_transposed=of_dweight, w_transposed=True, out_dtype=out_dtype
+            )
+            constants |= {"X_TRANSPOSED": of_dweight, "W_TRANSPOSED": True}
+            constants |= {"scale_ptr": None} if of_dweight else {}
+            compiler.build(hopper_matmul.matmul_kernel, types, constants, options, f"{dtype} {of_dweight=} {out_dtype}")
+
+
+def _hopper_launch(
+    dtype: Any, x: str, w: str, *, x_transposed: bool = False, w_transposed: bool = False, out_dtype: Any
+) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
+    """Types of the descriptors, constants and options."""
+    from vocab_parallel_fused.kernels import hopper
+
+    def descriptor(dtype: Any, rows: int, columns: int, swizzle_bytes: int) -> str:
+        layout = hopper.swizzled(swizzle_bytes, 8 * dtype.itemsize)
+        return f"tensordesc<{_element(dtype)}[{rows}, {columns}],{layout!r}>"
+
+    types = {
+        x: descriptor(dtype, *hopper.operand_box(hopper.BLOCK_M // 2, transposed=x_transposed)),
+        w: descriptor(dtype, *hopper.operand_box(hopper.BLOCK_N, transposed=w_transposed)),
+        "out": descriptor(out_dtype, *hopper.store_box(out_dtype.itemsize)),
+        "counter_ptr": "*i32",
+    }
+    constants = dict(hopper.LAUNCH)
+    return types, constants, {"num_warps": constants.pop("num_warps")}
 
 
 def _element(dtype: Any, *, pointer: bool = False) -> str:
@@ -298,7 +329,9 @@ def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> 
     stdout, stderr = compilations[arch].communicate()
     assert compilations[arch].returncode == 0, stderr[-3000:]
     report = json.loads(stdout)
-    assert {row["kernel"] for row in report} == KERNELS | ({"tiles_kernel"} if arch == "sm_90" else set())
+    assert {row["kernel"] for row in report} == KERNELS | (
+        {"tiles_kernel", "matmul_kernel"} if arch == "sm_90" else set()
+    )
     assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
     # exp(z − max) of the largest logit must be exactly 1; where the compiler fuses the other of the two products, it is
     # off by the rounding of z · log2(e), 1e-5 at logits of 100.

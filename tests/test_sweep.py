@@ -64,16 +64,16 @@ def logged_sweep(monkeypatch: pytest.MonkeyPatch, V: int) -> list[str]:
     T, H = 40, 16
     hidden, weight = torch.randn(T, H), torch.randn(V, H)
     log = []
-    matmul = sweep._matmul_into
+    matmul = sweep.matmul_into
 
-    def logged(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    def logged(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
         log.append("dhidden" if a.shape[0] == T else f"dweight of {a.shape[0]} rows")
         matmul(out, a, b, accumulate=accumulate)
 
     def write_ones(_tokens: slice, _rows: slice, out: Tensor) -> None:
         out.fill_(1.0)
 
-    monkeypatch.setattr(sweep, "_matmul_into", logged)
+    monkeypatch.setattr(sweep, "matmul_into", logged)
     dhidden, dweight = torch.empty(T, H), torch.empty(V, H)
     buffers = GradBuffers(dhidden, dweight, None, accumulate_dweight=False, dhidden_ready=lambda: log.append("ready"))
     sweep_grads(
