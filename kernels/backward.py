@@ -9,6 +9,7 @@ rounding. ``sweep.py`` walks the blocks. ``T`` tokens, ``V`` rows of the block, 
 token. A pointer that is None is a term that is zero.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper_tiles
-from vocab_parallel_fused.kernels.configs import tile_config
+from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
-from vocab_parallel_fused.kernels.kept import kept_dlogits
-from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, slices, sweep_grads
+from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows
+from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
     aligned,
     current_arch,
+    in_order_of_arrival,
+    is_aligned,
     log2_from,
     logits_tile,
     num_processors,
@@ -200,6 +204,109 @@ def add_repeated_kernel(
     tl.store(sum_ptr + offs_n, total, mask=mask_n)
 
 
+@dataclass(frozen=True, slots=True)
+class _LogitGrads:
+    """What gradients of the logits are made of, and the launches that write a block of them."""
+
+    head: Operands  # hidden aligned
+    target_row: Tensor
+    target_logit: Tensor
+    class_weight: Tensor | None
+    max_logit: Tensor
+    coefficients: DlogitsCoefficients
+    arch: str
+    tile: TileConfig
+
+    @property
+    def on_hopper(self) -> bool:
+        return hopper_tiles.takes(self.head.hidden, self.arch) and self.coefficients.grad_logit_sum is None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Tokens and rows of a tile."""
+        return (
+            (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if self.on_hopper else (self.tile.block_t, self.tile.block_v)
+        )
+
+    def write(self, tokens: slice, rows: slice, out: Tensor, arrival: Arrival | None) -> None:
+        """Fill ``out`` ``[tokens, rows]``; all hidden states have then arrived."""
+        block_t, block_v = self.block
+        tiles_v = -(-(rows.stop - rows.start) // block_v)
+        for arrived, hidden in in_order_of_arrival(self.head.hidden, tokens, arrival, block_t, tiles_v):
+            here = slice(arrived.start - tokens.start, arrived.stop - tokens.start)
+            self._write_tiles(self.head._replace(hidden=hidden), arrived, rows, out[here])
+        self.write_targets(tokens, rows.start, out)
+
+    def _write_tiles(self, head: Operands, tokens: slice, rows: slice, out: Tensor) -> None:
+        level, slope, grad_logit_sum, _ = self.coefficients.of(tokens)
+        of_tokens = {"max_ptr": self.max_logit[tokens], "level_ptr": level, "slope_ptr": slope}
+        for part in slices(rows.stop, rows_per_copy(head.weight), rows.start):
+            block = head.block(slice(None), part)
+            block = block._replace(weight=aligned(block.weight))
+            out_part = out[:, part.start - rows.start : part.stop - rows.start]
+            if hopper_tiles.takes(block.hidden, self.arch) and grad_logit_sum is None:
+                hopper_tiles.launch_tiles(block, out_part, **of_tokens)
+            else:
+                tiles_t = triton.cdiv(out_part.shape[0], self.tile.block_t)
+                dlogits_kernel[(tiles_t * triton.cdiv(out_part.shape[1], self.tile.block_v),)](
+                    class_weight_ptr=None if self.class_weight is None else self.class_weight[part],
+                    grad_logit_sum_ptr=grad_logit_sum,
+                    dlogits_ptr=out_part,
+                    stride_dlogits_t=out.stride(0),
+                    **of_tokens,
+                    **operand_kwargs(block, self.arch, self.tile),
+                )
+
+    def write_targets(self, tokens: slice, first_row: int, out: Tensor, scale: Tensor | None = None) -> None:
+        """Overwrite the targets' entries, over ``scale`` ``[tokens]``."""
+        num_targets = self.target_row.shape[1]
+        if num_targets == 0:
+            return
+        level, slope, grad_logit_sum, grad_target_logit = self.coefficients.of(tokens)
+        target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
+            target_row_ptr=self.target_row[tokens],
+            target_logit_ptr=self.target_logit[tokens],
+            class_weight_ptr=self.class_weight,
+            max_ptr=self.max_logit[tokens],
+            level_ptr=level,
+            slope_ptr=slope,
+            grad_logit_sum_ptr=grad_logit_sum,
+            grad_target_logit_ptr=grad_target_logit,
+            scale_ptr=scale,
+            dlogits_ptr=out,
+            T=out.shape[0],
+            V=out.shape[1],
+            K=num_targets,
+            first_row=first_row,
+            stride_dlogits_t=out.stride(0),
+            **transform_kwargs(self.head.transform),
+            **_TARGET_LAUNCH,
+        )
+
+    def of_kept(self, cache: ExpCache, arrival: Arrival | None) -> KeptDlogits:
+        """Of the rows whose exponentials were kept."""
+        head = self.head.block(slice(None), slice(0, cache.exps.shape[1]))
+        of_tokens = (self.target_row, self.target_logit, self.max_logit, self.coefficients)
+        kept = kept_dlogits(*of_tokens, cache, head.transform)
+
+        def rewrite() -> None:
+            rewrite_rows(head, self.max_logit, self.coefficients.level, cache)
+            self.write_targets(slice(None), 0, kept.values, kept.scale)
+
+        if arrival is None:
+            rewrite()
+            return kept
+
+        def complete(dhidden: Tensor | None) -> None:
+            arrival.wait()
+            rewrite()
+            if dhidden is not None:
+                rewrite_product(dhidden, head.weight, cache)
+
+        self.write_targets(slice(None), 0, kept.values, kept.scale)
+        return kept._replace(complete=complete)
+
+
 def local_grads(
     head: Operands,
     target_row: Tensor,
@@ -210,11 +317,11 @@ def local_grads(
     cache: ExpCache | None,
     buffers: GradBuffers,
     workspace_bytes: int,
+    arrival: Arrival | None,
 ) -> None:
     """As ``eager.local_grads``."""
     hidden, weight, _, transform = head
     arch = current_arch()
-    tile = tile_config(arch, hidden.dtype, hidden.shape[0])
     unscale = None
     if hidden.dtype == torch.float16 and hidden.shape[0] > 0 and weight.shape[0] > 0:
         bound = coefficients.bound(class_weight) * abs(transform.inner * transform.outer)
@@ -232,59 +339,29 @@ def local_grads(
         )
         coefficients = coefficients._replace(grad_target_logit=total)
 
-    tiles_head = head._replace(hidden=aligned(hidden))
-    on_hopper = hopper_tiles.takes(tiles_head.hidden, arch) and coefficients.grad_logit_sum is None
+    # What goes on without the other ranks' tokens: the first block that is recomputed, or the product for dhidden of a
+    # shard that is kept whole.
+    can_start = is_aligned(hidden) and (cache is None or cache.exps.shape[1] == weight.shape[0])
+    if arrival is not None and not can_start:
+        arrival.wait()
+        arrival = None
+    dlogits = _LogitGrads(
+        head._replace(hidden=aligned(hidden)),
+        target_row,
+        target_logit,
+        class_weight,
+        max_logit,
+        coefficients,
+        arch,
+        tile_config(arch, hidden.dtype, hidden.shape[0]),
+    )
+    kept = None if cache is None else dlogits.of_kept(cache, arrival)
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
-        level, slope, grad_logit_sum, _ = coefficients.of(tokens)
-        of_tokens = {"max_ptr": max_logit[tokens], "level_ptr": level, "slope_ptr": slope}
-        for part in slices(rows.stop, rows_per_copy(weight), rows.start):
-            block = tiles_head.block(tokens, part)
-            block = block._replace(weight=aligned(block.weight))
-            out_part = out[:, part.start - rows.start : part.stop - rows.start]
-            if hopper_tiles.takes(block.hidden, arch) and grad_logit_sum is None:
-                hopper_tiles.launch_tiles(block, out_part, **of_tokens)
-            else:
-                num_tiles = triton.cdiv(out_part.shape[0], tile.block_t) * triton.cdiv(out_part.shape[1], tile.block_v)
-                dlogits_kernel[(num_tiles,)](
-                    class_weight_ptr=None if class_weight is None else class_weight[part],
-                    grad_logit_sum_ptr=grad_logit_sum,
-                    dlogits_ptr=out_part,
-                    stride_dlogits_t=out.stride(0),
-                    **of_tokens,
-                    **operand_kwargs(block, arch, tile),
-                )
-        write_targets(tokens, rows.start, out)
+        nonlocal arrival
+        dlogits.write(tokens, rows, out, arrival)
+        arrival = None
 
-    def write_targets(tokens: slice, first_row: int, out: Tensor, scale: Tensor | None = None) -> None:
-        if num_targets == 0:
-            return
-        level, slope, grad_logit_sum, grad_target_logit = coefficients.of(tokens)
-        target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
-            target_row_ptr=target_row[tokens],
-            target_logit_ptr=target_logit[tokens],
-            class_weight_ptr=class_weight,
-            max_ptr=max_logit[tokens],
-            level_ptr=level,
-            slope_ptr=slope,
-            grad_logit_sum_ptr=grad_logit_sum,
-            grad_target_logit_ptr=grad_target_logit,
-            scale_ptr=scale,
-            dlogits_ptr=out,
-            T=out.shape[0],
-            V=out.shape[1],
-            K=num_targets,
-            first_row=first_row,
-            stride_dlogits_t=out.stride(0),
-            **transform_kwargs(transform),
-            **_TARGET_LAUNCH,
-        )
-
-    kept = None
-    if cache is not None:
-        block = head.block(slice(None), slice(0, cache.exps.shape[1]))
-        kept = kept_dlogits(block, target_row, target_logit, max_logit, coefficients, cache)
-        write_targets(slice(None), 0, kept.values, kept.scale)
     sweep_grads(
         write_dlogits,
         head,
@@ -293,7 +370,7 @@ def local_grads(
         unscale=unscale,
         bytes_per_logit=hidden.element_size(),
         workspace_bytes=workspace_bytes,
-        tile=(hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v),
+        tile=dlogits.block,
         largest=(hidden.shape[0], weight.shape[0]),
         processors=num_processors(hidden.device),
         matmul_beside=matmul_beside,

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels.sweep import GradBuffers, slices, sweep_grads
 from vocab_parallel_fused.stats import (
@@ -37,7 +38,12 @@ _TILE_COPIES = 3  # logits, their gradients and the result of an elementwise ste
 
 
 def local_stats(
-    head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted, exp_cache_bytes: int
+    head: Operands,
+    target_row: Tensor,
+    class_weight: Tensor | None,
+    wanted: Wanted,
+    exp_cache_bytes: int,
+    arrival: Arrival | None,
 ) -> tuple[PartStats, ExpCache | None]:
     """Statistics of this shard, and what is kept for the backward: here nothing.
 
@@ -47,8 +53,11 @@ def local_stats(
         class_weight: ``[V]`` fp32 (fp64 for fp64), the ``c_j`` of ``logit_sum``; None: all 1.
         wanted: which statistics; ``argmax`` counts rows of the shard.
         exp_cache_bytes: memory that may be kept.
+        arrival: of hidden states that are on their way; None: all are here.
     """
     del exp_cache_bytes  # to take an exponential again costs nothing beside this implementation's products
+    if arrival is not None:
+        arrival.wait()
     T, V = head.hidden.shape[0], head.weight.shape[0]
     stats = empty_stats(target_row, _accumulator_dtype(head.hidden), wanted)
     chunks = []
@@ -106,6 +115,7 @@ def local_grads(
     cache: ExpCache | None,
     buffers: GradBuffers,
     workspace_bytes: int,
+    arrival: Arrival | None,
 ) -> None:
     """Write this shard's gradients.
 
@@ -117,8 +127,11 @@ def local_grads(
         cache: what :func:`local_stats` kept.
         buffers: for the gradients that are wanted.
         workspace_bytes: memory for the tile of logit gradients and its temporaries.
+        arrival: as in :func:`local_stats`.
     """
     del target_logit, cache  # recomputed with its tile; there is none
+    if arrival is not None:
+        arrival.wait()
     dtype = _accumulator_dtype(head.hidden)
     level, slope, grad_logit_sum, grad_target_logit = coefficients
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.exp_cache import ExpCache, allocate_cache
 from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
@@ -33,6 +34,7 @@ from vocab_parallel_fused.kernels.tiles import (
     LOG2E,
     aligned,
     current_arch,
+    in_order_of_arrival,
     log2_from,
     logits_tile,
     num_processors,
@@ -307,7 +309,12 @@ def target_logit_kernel(
 
 
 def local_stats(
-    head: Operands, target_row: Tensor, class_weight: Tensor | None, wanted: Wanted, exp_cache_bytes: int
+    head: Operands,
+    target_row: Tensor,
+    class_weight: Tensor | None,
+    wanted: Wanted,
+    exp_cache_bytes: int,
+    arrival: Arrival | None,
 ) -> tuple[PartStats, ExpCache | None]:
     """As ``eager.local_stats``."""
     hidden, weight, *_ = head
@@ -316,7 +323,6 @@ def local_stats(
         return empty_stats(target_row, torch.float32, wanted), None
     arch = current_arch()
     tile = tile_config(arch, hidden.dtype, T)
-    head = head._replace(hidden=aligned(hidden))
     # Not parts of one tensor, of which a cache would hold all.
     numbers = (hidden.new_empty(T, dtype=torch.float32) for _ in range(5))
     stats = PartStats(
@@ -330,10 +336,9 @@ def local_stats(
     )
     # The terms that these two add to the gradient are no multiples of a kept exponential.
     keeps = not (wanted.logit_sum or wanted.expected_logit)
-    on_hopper = hopper_tiles.takes(head.hidden, arch) and not (wanted.logit_sum or wanted.argmax)
+    on_hopper = hopper_tiles.takes(hidden, arch) and not (wanted.logit_sum or wanted.argmax)
     block_t, block_v = (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
     cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, block_v) if keeps else None
-    _target_logits(head, target_row, stats, cache, arch, tile)
     reduced = {
         "max": stats.max_logit,
         "sum_exp": stats.sum_exp,
@@ -345,46 +350,52 @@ def local_stats(
     num_wanted = sum(field is not None for field in reduced.values())
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper_tiles.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
-    for tokens in slices(T, launch_tokens):
-        num_tokens = tokens.stop - tokens.start
-        most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
-        tiles_t = -(-num_tokens // block_t)
-        of_tokens = {name: None if field is None else field[tokens] for name, field in reduced.items()}
-        for part in (slice(0, num_kept), slice(num_kept, V)):
-            tiles_v = -(-(part.stop - part.start) // block_v)
-            if tiles_v == 0:
-                continue
-            # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
-            strip, most = (-(-tiles_v // most_partials), tiles_v) if on_hopper else (1, most_partials)
-            most = min(most, max(1, rows_per_copy(weight) // block_v))
-            chunk = whole_waves(tiles_v, most, tiles_t, num_processors(hidden.device))
-            for rows in slices(part.stop, chunk * block_v, part.start):
-                num_partials = -(-(rows.stop - rows.start) // (strip * block_v))
-                partials = _empty_partials(of_tokens, num_partials)
-                block = head.block(tokens, rows)
-                block = block._replace(weight=aligned(block.weight))
-                exps = reference = None
-                if cache is not None and rows.start < num_kept:
-                    exps, reference = cache.exps[tokens, rows], cache.reference[tokens]
-                if on_hopper:
-                    hopper_tiles.launch_tiles(block, exps, strip=strip, reference_ptr=reference, **partials)
-                else:
-                    partial_stats_kernel[(tiles_t * num_partials,)](
-                        class_weight_ptr=None if class_weight is None else class_weight[rows],
-                        reference_ptr=reference,
-                        exps_ptr=exps,
-                        stride_exps_t=0 if exps is None else exps.stride(0),
-                        first_row=rows.start,
+    for arrived, arrived_hidden in in_order_of_arrival(hidden, slice(0, T), arrival, block_t, -(-V // block_v)):
+        arrived_head = head._replace(hidden=aligned(arrived_hidden))
+        reference = None if cache is None else cache.reference[arrived]
+        of_targets = (target_row[arrived], stats.target_logit[arrived], stats.owners[arrived])
+        _target_logits(arrived_head, *of_targets, reference, arch, tile)
+        for tokens in slices(arrived.stop, launch_tokens, arrived.start):
+            num_tokens = tokens.stop - tokens.start
+            here = slice(tokens.start - arrived.start, tokens.stop - arrived.start)
+            most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
+            tiles_t = -(-num_tokens // block_t)
+            of_tokens = {name: None if field is None else field[tokens] for name, field in reduced.items()}
+            for part in (slice(0, num_kept), slice(num_kept, V)):
+                tiles_v = -(-(part.stop - part.start) // block_v)
+                if tiles_v == 0:
+                    continue
+                # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
+                strip, most = (-(-tiles_v // most_partials), tiles_v) if on_hopper else (1, most_partials)
+                most = min(most, max(1, rows_per_copy(weight) // block_v))
+                chunk = whole_waves(tiles_v, most, tiles_t, num_processors(hidden.device))
+                for rows in slices(part.stop, chunk * block_v, part.start):
+                    num_partials = -(-(rows.stop - rows.start) // (strip * block_v))
+                    partials = _empty_partials(of_tokens, num_partials)
+                    block = arrived_head.block(here, rows)
+                    block = block._replace(weight=aligned(block.weight))
+                    exps = reference = None
+                    if cache is not None and rows.start < num_kept:
+                        exps, reference = cache.exps[tokens, rows], cache.reference[tokens]
+                    if on_hopper:
+                        hopper_tiles.launch_tiles(block, exps, strip=strip, reference_ptr=reference, **partials)
+                    else:
+                        partial_stats_kernel[(tiles_t * num_partials,)](
+                            class_weight_ptr=None if class_weight is None else class_weight[rows],
+                            reference_ptr=reference,
+                            exps_ptr=exps,
+                            stride_exps_t=0 if exps is None else exps.stride(0),
+                            first_row=rows.start,
+                            **partials,
+                            **operand_kwargs(block, arch, tile),
+                        )
+                    merge_partials_kernel[(triton.cdiv(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
                         **partials,
-                        **operand_kwargs(block, arch, tile),
+                        **{f"{name}_ptr": field for name, field in of_tokens.items()},
+                        num_partials=num_partials,
+                        T=num_tokens,
+                        **{"FIRST": rows.start == 0, **_MERGE_LAUNCH},
                     )
-                merge_partials_kernel[(triton.cdiv(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
-                    **partials,
-                    **{f"{name}_ptr": field for name, field in of_tokens.items()},
-                    num_partials=num_partials,
-                    T=num_tokens,
-                    **{"FIRST": rows.start == 0, **_MERGE_LAUNCH},
-                )
     return stats, cache
 
 
@@ -405,13 +416,18 @@ def target_launch(arch: str, tile: TileConfig) -> dict[str, Any]:
 
 
 def _target_logits(
-    head: Operands, target_row: Tensor, stats: PartStats, cache: ExpCache | None, arch: str, tile: TileConfig
+    head: Operands,
+    target_row: Tensor,
+    target_logit: Tensor,
+    owners: Tensor,
+    reference: Tensor | None,
+    arch: str,
+    tile: TileConfig,
 ) -> None:
     """Write ``target_logit`` and ``owners``, and the cache's reference."""
     hidden, weight, bias, transform = head
-    target_logit, owners = stats.target_logit, stats.owners
     if target_row.shape[1] == 0:
-        if cache is None:
+        if reference is None:
             return
         # Of no target, only the sample is of use.
         target_row = target_row.new_full((target_row.shape[0], 1), -1)
@@ -424,12 +440,12 @@ def _target_logits(
         target_row,
         target_logit,
         owners,
-        None if cache is None else cache.reference,
+        reference,
         T,
         weight.shape[0],
         weight.shape[1],
         num_targets,
-        0 if cache is None else cache.reference.shape[0],
+        0 if reference is None else reference.shape[0],
         hidden.stride(0),
         hidden.stride(1),
         weight.stride(0),

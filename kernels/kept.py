@@ -5,7 +5,9 @@
 ``scale_t`` commutes with both products of the backward, so nothing passes over ``E`` again; only the targets' entries
 are overwritten, with their dlogits over ``scale_t``. This is exact wherever ``E_tj`` and ``scale_t`` are in range.
 Tokens that are not, because a logit lies far above the sample that gave ``r_t``, a target far below all others, or
-because the loss has no term in ``lse``, are found on the device and their rows computed anew, with scale 1.
+because the loss has no term in ``lse``, are found on the device and their rows computed anew, with scale 1. That takes
+their hidden states. If these are on their way, the product for dhidden goes first, and its rows that are marked are
+computed anew as well.
 """
 
 from typing import Any
@@ -24,11 +26,13 @@ from vocab_parallel_fused.kernels.tiles import (
     log2_from,
     logits_tile,
     operand_kwargs,
+    product_precision,
+    rows_product,
     times_derivative,
     transform_kwargs,
 )
 from vocab_parallel_fused.stats import DlogitsCoefficients
-from vocab_parallel_fused.transform import Operands
+from vocab_parallel_fused.transform import LogitTransform, Operands
 
 # Exponentials up to e⁴⁰ leave sums of millions of them in range.
 _LARGEST_RISE = tl.constexpr(40.0)
@@ -42,6 +46,8 @@ _ROWS_LAUNCH: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_H": 512}
 _REWRITE_TILE = TileConfig(block_t=64, block_v=128, block_h=32, group_t=1, num_warps=4, num_stages=2)
 _REWRITE_TILE_INTERPRETER = TileConfig(block_t=16, block_v=32, block_h=16, group_t=1, num_warps=4, num_stages=1)
 _PROGRAMS_PER_TOKENS = 8
+_PRODUCT_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_H": 128, "BLOCK_V": 32, "num_warps": 4, "num_stages": 2}
+_PRODUCT_LAUNCH_INTERPRETER: dict[str, Any] = {"BLOCK_T": 16, "BLOCK_H": 32, "BLOCK_V": 16}
 
 
 @triton.jit
@@ -164,6 +170,52 @@ def rewrite_rows_kernel(
 
 
 @triton.jit
+def rewritten_product_kernel(
+    dlogits_ptr,  # [T, V]
+    weight_ptr,  # [V, H]
+    reference_ptr,  # [T] +inf: rewritten
+    out_ptr,  # [T, H] out
+    T,
+    V,
+    H,
+    stride_dlogits_t,
+    stride_weight_v,
+    stride_weight_h,
+    stride_out_t,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dlogits @ weight, for rows of dlogits that `rewrite_rows_kernel` has rewritten."""
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    marked = tl.load(reference_ptr + offs_t, mask=offs_t < T, other=0.0) == float("inf")
+    if tl.max(marked.to(tl.int32), axis=0) > 0:
+        offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        product = rows_product(
+            dlogits_ptr,
+            weight_ptr,
+            tl.minimum(offs_t, T - 1),
+            tl.minimum(offs_h, H - 1),
+            V,
+            stride_dlogits_t,
+            1,
+            stride_weight_h,
+            stride_weight_v,
+            BLOCK_T,
+            BLOCK_H,
+            BLOCK_V,
+            PRECISION,
+            1,
+        )
+        tl.store(
+            out_ptr + offs_t.to(tl.int64)[:, None] * stride_out_t + offs_h[None, :],
+            product.to(out_ptr.dtype.element_ty),
+            mask=marked[:, None] & (offs_h < H)[None, :],
+        )
+
+
+@triton.jit
 def scale_rows_kernel(
     matrix_ptr,  # [N, H]
     scale_ptr,  # [N]
@@ -188,23 +240,23 @@ def scale_rows_kernel(
 
 
 def kept_dlogits(
-    head: Operands,
     target_row: Tensor,
     target_logit: Tensor,
     max_logit: Tensor,
     coefficients: DlogitsCoefficients,
     cache: ExpCache,
+    transform: LogitTransform,
 ) -> KeptDlogits:
-    """The cache's exponentials as gradients of the logits, but for the targets' entries.
+    """The cache's exponentials as gradients of the logits, but for the targets' entries, and for the rows whose
+    exponentials are out of range: these are marked in its reference.
 
     Args:
-        head: hidden states of all tokens, and the rows that are kept.
         target_row, target_logit, max_logit: of the tokens.
         coefficients: of the tokens; level and grad_target_logit are all the terms there are.
-        cache: overwritten in rows whose exponentials are out of range.
+        cache: of the tokens.
+        transform: of the raw logits.
     """
     num_tokens, rows = cache.exps.shape
-    arch = current_arch()
     scale = torch.empty_like(cache.reference)
     kept_scale_kernel[(triton.cdiv(num_tokens, _SCALE_LAUNCH["BLOCK_T"]),)](
         max_logit,
@@ -219,19 +271,45 @@ def kept_dlogits(
         num_tokens,
         rows,
         target_row.shape[1],
-        **transform_kwargs(head.transform),
+        **transform_kwargs(transform),
         **_SCALE_LAUNCH,
     )
+    return KeptDlogits(cache.exps, scale, scale_rows, scaled_matmul)
+
+
+def rewrite_rows(head: Operands, max_logit: Tensor, level: Tensor, cache: ExpCache) -> None:
+    """Compute the rows that are marked, but for the targets' entries, from ``head``: all tokens, and the kept rows."""
+    arch, num_tokens = current_arch(), cache.exps.shape[0]
     tile = _REWRITE_TILE_INTERPRETER if arch == "interpreter" else _REWRITE_TILE
     rewrite_rows_kernel[(triton.cdiv(num_tokens, tile.block_t), _PROGRAMS_PER_TOKENS)](
         max_ptr=max_logit,
-        level_ptr=coefficients.level,
+        level_ptr=level,
         reference_ptr=cache.reference,
         dlogits_ptr=cache.exps,
         stride_dlogits_t=cache.exps.stride(0),
         **operand_kwargs(head, arch, tile),
     )
-    return KeptDlogits(cache.exps, scale, scale_rows, scaled_matmul)
+
+
+def rewrite_product(dhidden: Tensor, weight: Tensor, cache: ExpCache) -> None:
+    """Compute the rows of ``dhidden`` whose dlogits are marked, from these and the kept rows of the weight."""
+    (T, V), H = cache.exps.shape, weight.shape[1]
+    arch = current_arch()
+    launch = _PRODUCT_LAUNCH_INTERPRETER if arch == "interpreter" else _PRODUCT_LAUNCH
+    rewritten_product_kernel[(triton.cdiv(T, launch["BLOCK_T"]), triton.cdiv(H, launch["BLOCK_H"]))](
+        cache.exps,
+        weight,
+        cache.reference,
+        dhidden,
+        T,
+        V,
+        H,
+        cache.exps.stride(0),
+        weight.stride(0),
+        weight.stride(1),
+        dhidden.stride(0),
+        **{"PRECISION": product_precision(weight.dtype, arch), **launch},
+    )
 
 
 def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:

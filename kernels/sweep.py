@@ -60,6 +60,8 @@ class KeptDlogits(NamedTuple):
     scale: Tensor  # [T] fp32
     scale_rows: Callable[[Tensor, Tensor, Tensor], None]  # (matrix [N, H], scale [N], out [N, H])
     scaled_matmul: Callable[[Tensor, Tensor, Tensor, Tensor], None]  # (out [N, H], values [N, V], matrix, scale [N])
+    complete: Callable[[Tensor | None], None] | None = None
+    """Waits for hidden states and completes values, and dhidden ``[T, H]`` if it was made of them; None: they are."""
 
 
 class Blocks(NamedTuple):
@@ -315,17 +317,18 @@ def _write_kept_rows(
     num_kept = kept.values.shape[1]
     tokens = slice(0, hidden.shape[0])
     dhidden_here = dhidden if num_kept == weight.shape[0] else None
+    dhidden_first = None if dhidden_ready is None else dhidden_here
+    _write_kept_dhidden(kept, tokens, weight, dhidden_first)
+    if kept.complete is not None:
+        kept.complete(dhidden_first)
     matmul = None
-    if dhidden_here is not None and dhidden_ready is not None:
-        _write_kept_dhidden(kept, tokens, weight, dhidden_here)
+    if dhidden_first is not None and dhidden_ready is not None:
         dhidden_ready()
         matmul = matmul_beside
     if dweight is not None:
         # Unless it is on its way, dhidden's memory can hold the scaled hidden states before it is written.
-        lent = dhidden is not None and dhidden.dtype == hidden.dtype and (dhidden_ready is None or dhidden_here is None)
-        scaled = (
-            dhidden if dhidden is not None and lent else torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        )
+        lent = dhidden if dhidden_first is None and dhidden is not None and dhidden.dtype == hidden.dtype else None
+        scaled = torch.empty_like(hidden, memory_format=torch.contiguous_format) if lent is None else lent
         kept.scale_rows(hidden, kept.scale, scaled)
         _add_product(dweight[:num_kept], kept.values.t(), scaled, first=not accumulate_dweight, matmul=matmul)
     if dbias_sum is not None:

@@ -140,7 +140,8 @@ def time_tiles(problem: Problem, tiles: Iterable[TileConfig], recorded: TileConf
     for tile in tiles:
         try:
             # The kernel of the targets' logits takes its depth from the tile.
-            forward._target_logits(problem.head, problem.target_row, problem.stats, None, current_arch(), tile)
+            targets = (problem.target_row, problem.stats.target_logit, problem.stats.owners)
+            forward._target_logits(problem.head, *targets, None, current_arch(), tile)
             replays[tile] = [captured(launch.run) for launch in launches(problem, tile)]
         except Exception as error:  # whatever the compiler or the driver raises
             failures[tile] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

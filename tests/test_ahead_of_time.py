@@ -29,6 +29,7 @@ KERNELS = {
     "token_loss_grads_kernel",
     "kept_scale_kernel",
     "rewrite_rows_kernel",
+    "rewritten_product_kernel",
     "scale_rows_kernel",
     "dlogits_kernel",
     "target_dlogits_kernel",
@@ -206,6 +207,10 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
         if transform == "identity":
             row_types = {"matrix_ptr": pointer, "out_ptr": pointer}
             compiler.build(kept.scale_rows_kernel, row_types, kept._ROWS_LAUNCH, {}, f"rows, {about}")
+            again = kept._PRODUCT_LAUNCH | {"PRECISION": precision}
+            options_again = {name: again.pop(name) for name in ("num_warps", "num_stages")}
+            again_types = {"dlogits_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer}
+            compiler.build(kept.rewritten_product_kernel, again_types, again, options_again, f"rows, {about}")
     if compiler.arch == "sm_90" and dtype != torch.float32 and descriptors:
         compile_for_hopper(compiler, dtype, transform, has_bias=has_bias)
         if transform == "identity":

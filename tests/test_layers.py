@@ -12,18 +12,19 @@ PACKAGE = "vocab_parallel_fused"
 
 # For every module, the modules of the project that it may import; lower layers first.
 ALLOWED = {
+    "arrival": set(),
     "options": set(),
     "stats": set(),
     "transform": set(),
     "losses": set(),
     "cross_entropy": {"stats"},
-    "collectives": {"stats"},
+    "collectives": {"arrival", "stats"},
     "sharding": {"collectives"},
     "kernels.configs": set(),
     "exp_cache": {"transform"},
     "kernels.sweep": {"transform"},
-    "kernels.eager": {"exp_cache", "kernels.sweep", "stats", "transform"},
-    "kernels.tiles": {"kernels.configs", "transform"},
+    "kernels.eager": {"arrival", "exp_cache", "kernels.sweep", "stats", "transform"},
+    "kernels.tiles": {"arrival", "kernels.configs", "transform"},
     "kernels.hopper": {"kernels.tiles"},
     "kernels.hopper_tiles": {"kernels.hopper", "kernels.tiles", "transform"},
     "kernels.hopper_matmul": {"kernels.configs", "kernels.hopper", "kernels.sweep", "kernels.tiles"},
@@ -37,6 +38,7 @@ ALLOWED = {
         "transform",
     },
     "kernels.forward": {
+        "arrival",
         "exp_cache",
         "kernels.configs",
         "kernels.hopper_tiles",
@@ -46,6 +48,7 @@ ALLOWED = {
         "transform",
     },
     "kernels.backward": {
+        "arrival",
         "exp_cache",
         "kernels.configs",
         "kernels.hopper_matmul",
@@ -81,6 +84,7 @@ ALLOWED = {
         "stats",
     },
     "autograd": {
+        "arrival",
         "collectives",
         "dispatch",
         "divergence",

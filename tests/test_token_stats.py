@@ -191,9 +191,9 @@ def test_only_what_is_asked_for_is_computed(
     def record(module: Any) -> None:
         local_stats = module.local_stats
 
-        def recorded(head: Operands, target_row: torch.Tensor, class_weight: Any, wanted: Wanted, size: int) -> Any:
+        def recorded(head: Operands, target_row: torch.Tensor, class_weight: Any, wanted: Wanted, *rest: Any) -> Any:
             calls.append((target_row.shape[1], {name for name, value in wanted._asdict().items() if value}))
-            return local_stats(head, target_row, class_weight, wanted, size)
+            return local_stats(head, target_row, class_weight, wanted, *rest)
 
         monkeypatch.setattr(module, "local_stats", recorded)
 

@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.collectives import (
     gather_hidden,
+    gather_hidden_beside,
     gather_stats,
     gather_top_k,
     rank_and_size,
@@ -52,6 +54,9 @@ from vocab_parallel_fused.stats import (
 )
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
+LocalGrads = Callable[[Operands, GradBuffers, Arrival | None], None]
+"""The step of the backward that computes a shard's gradients of all tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -66,6 +71,16 @@ class Plan:
     exp_cache_bytes: int
     combine: str
     main_grad: Tensor | None  # [V_local, H] fp32, takes dweight instead of the weight's grad
+
+    @contextmanager
+    def gathering(self, hidden: Tensor) -> Iterator[tuple[Tensor, Arrival | None]]:
+        """All tokens' hidden states, as :func:`gather_hidden_beside` returns them. In the end all have arrived."""
+        gathered, arrival = gather_hidden_beside(hidden, self.group) if self.sequence_parallel else (hidden, None)
+        try:
+            yield gathered, arrival
+        finally:  # after an error too: until then the memory is being written
+            if arrival is not None:
+                arrival.wait()
 
     def gather_hidden(self, hidden: Tensor) -> Tensor:
         return gather_hidden(hidden, self.group) if self.sequence_parallel else hidden
@@ -98,9 +113,9 @@ def _gathered_stats(
 ) -> _GatheredStats:
     shard = plan.shard
     target_row = shard.local_rows(target)
-    with _local_steps(hidden):
-        head = plan.operands(plan.gather_hidden(hidden), weight, bias)
-        local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes)
+    with _local_steps(hidden), plan.gathering(hidden) as (full_hidden, arrival):
+        head = plan.operands(full_hidden, weight, bias)
+        local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes, arrival)
     if local.argmax is not None:
         local = local._replace(argmax=local.argmax + shard.start)
     parts, rows = gather_stats(local, shard.num_valid_rows, plan.group, plan.combine)
@@ -214,13 +229,13 @@ def _local_grads(
     max_logit: Tensor,
     coefficients: DlogitsCoefficients,
     kept: Sequence[Tensor],
-) -> Callable[[Operands, GradBuffers], None]:
+) -> LocalGrads:
     """The step of the backward that computes, of all that it needs but the operands and the buffers."""
     cache = ExpCache(*kept) if kept else None
 
-    def local_grads(head: Operands, buffers: GradBuffers) -> None:
+    def local_grads(head: Operands, buffers: GradBuffers, arrival: Arrival | None) -> None:
         of_tokens = (target_row, target_logit, class_weight, max_logit, coefficients, cache)
-        plan.kernels.local_grads(head, *of_tokens, buffers, plan.workspace_bytes)
+        plan.kernels.local_grads(head, *of_tokens, buffers, plan.workspace_bytes, arrival)
 
     return local_grads
 
@@ -271,7 +286,9 @@ class _DivergenceFunction(Function):
         hidden, weight, bias, *teacher, max_logit, log_sum_exp, center = ctx.saved_tensors
         teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan)
 
-        def local_grads(head: Operands, buffers: GradBuffers) -> None:
+        def local_grads(head: Operands, buffers: GradBuffers, arrival: Arrival | None) -> None:
+            if arrival is not None:
+                arrival.wait()
             plan.kernels.local_divergence_grads(
                 head, teacher_head, max_logit, log_sum_exp, center, grad, buffers, ctx.divergence, plan.workspace_bytes
             )
@@ -291,7 +308,7 @@ def _head_grads(
     weight: Tensor,
     bias: Tensor | None,
     plan: Plan,
-    local_grads: Callable[[Operands, GradBuffers], None],
+    local_grads: LocalGrads,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a head's first three inputs, from the step that computes this shard's from all tokens."""
     if torch.is_grad_enabled():
@@ -302,31 +319,30 @@ def _head_grads(
     # Other ranks wait for this rank's share even if the hidden states are frozen here.
     needs_dhidden = needs_hidden or several_ranks
     rows = plan.shard.num_valid_rows
-    full_hidden = plan.gather_hidden(hidden)
-    dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_dhidden else None
     dweight = None
     if needs_weight:
         dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
     dbias = _empty_grad(bias, rows) if needs_bias and bias is not None else None
     reductions = []
+    with _local_steps(hidden), plan.gathering(hidden) as (full_hidden, arrival):
+        dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_dhidden else None
 
-    def reduce_dhidden() -> None:
-        assert dhidden is not None
-        reductions.append(reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel))
+        def reduce_dhidden() -> None:
+            assert dhidden is not None
+            reductions.append(reduce_hidden_grad(dhidden, plan.group, sequence_parallel=plan.sequence_parallel))
 
-    buffers = GradBuffers(
-        dhidden,
-        None if dweight is None else dweight[:rows],
-        None if dbias is None else dbias[:rows],
-        accumulate_dweight=plan.main_grad is not None,
-        dhidden_ready=reduce_dhidden if several_ranks else None,
-    )
-    try:
-        with _local_steps(hidden):
-            local_grads(plan.operands(full_hidden, weight, bias), buffers)
-    finally:  # after an error too: until then dhidden's memory is being read
-        for finish in reductions:
-            dhidden = finish()
+        buffers = GradBuffers(
+            dhidden,
+            None if dweight is None else dweight[:rows],
+            None if dbias is None else dbias[:rows],
+            accumulate_dweight=plan.main_grad is not None,
+            dhidden_ready=reduce_dhidden if several_ranks else None,
+        )
+        try:
+            local_grads(plan.operands(full_hidden, weight, bias), buffers, arrival)
+        finally:  # after an error too: until then dhidden's memory is being read
+            for finish in reductions:
+                dhidden = finish()
     return dhidden if needs_hidden else None, dweight if plan.main_grad is None else None, dbias
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.stats import DIGIT, PartStats, measured_from, top_k_order
 
 Group = ProcessGroup | DeviceMesh | None
@@ -136,12 +137,26 @@ def _unpack(message: Tensor, like: PartStats) -> tuple[PartStats, Tensor]:
 
 def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:
     """All ranks' tokens ``[T, H]`` from this rank's ``[T / R, H]``."""
-    _, world_size = rank_and_size(group)
-    if world_size == 1 or hidden.numel() == 0:
-        return hidden
-    gathered = hidden.new_empty(world_size * hidden.shape[0], *hidden.shape[1:])
-    _all_gather(gathered, hidden.contiguous(), group=group)
+    gathered, arrival = gather_hidden_beside(hidden, group)
+    if arrival is not None:
+        arrival.wait()
     return gathered
+
+
+def gather_hidden_beside(hidden: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Arrival | None]:
+    """Begin to gather all ranks' tokens ``[T, H]`` from this rank's ``[T / R, H]``.
+
+    Returns:
+        The gathered, and what may be read of them when; None: all, at once.
+    """
+    rank, world_size = rank_and_size(group)
+    if world_size == 1 or hidden.numel() == 0:
+        return hidden, None
+    tokens, hidden = hidden.shape[0], hidden.contiguous()
+    gathered = hidden.new_empty(world_size * tokens, *hidden.shape[1:])
+    with _beside(hidden.device) as join:
+        _all_gather(gathered, hidden, group=group)
+    return gathered, Arrival(slice(rank * tokens, (rank + 1) * tokens), hidden, join)
 
 
 def reduce_hidden_grad(
