@@ -373,6 +373,7 @@ def local_grads(
         tile=dlogits.block,
         largest=(hidden.shape[0], weight.shape[0]),
         processors=num_processors(hidden.device),
-        matmul_beside=matmul_beside,
         kept=kept,
+        matmul_beside=matmul_beside,
+        first_token=0 if arrival is None else arrival.own.start,
     )

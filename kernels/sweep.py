@@ -175,6 +175,7 @@ def sweep_grads(
     processors: int = 1,
     kept: KeptDlogits | None = None,
     matmul_beside: Matmul | None = None,
+    first_token: int = 0,
 ) -> None:
     """Write the gradients that are wanted.
 
@@ -190,6 +191,7 @@ def sweep_grads(
         tile, largest, processors: see :func:`plan_blocks`.
         kept: dlogits of the first rows, for which ``write_dlogits`` is then not called.
         matmul_beside: used instead of :func:`matmul_into` where a message shares the device.
+        first_token: whose group comes first.
     """
     hidden, weight, *_ = head
     (T, H), V = hidden.shape, weight.shape[0]
@@ -244,8 +246,11 @@ def sweep_grads(
         workspace = hidden.new_empty(min(blocks.block_t, T), blocks.block_v, dtype=dlogits_dtype)
         dhidden_sum = _Sum(dhidden, min(blocks.group_t, T), dtype, in_place=hidden_in_place)
         dweight_sum = _Sum(dweight, min(blocks.block_v, V), dtype, in_place=weight_in_place)
+        groups = [*slices(T, blocks.group_t)]
+        first_group = min(first_token, T - 1) // blocks.group_t
+        groups = groups[first_group:] + groups[:first_group]
         matmul = None
-        for group in slices(T, blocks.group_t):
+        for group in groups:
             _write_kept_dhidden(kept, group, weight, None if dhidden is None else dhidden_sum.part(group, group))
             for rows in row_blocks:
                 for tokens in slices(group.stop, blocks.block_t, group.start):
@@ -255,10 +260,10 @@ def sweep_grads(
                     dhidden_sum.add(tokens, group, dlogits, weight[rows], first=first)
                     if tokens.stop == group.stop and rows is row_blocks[-1]:
                         dhidden_sum.finish(group, unscale)
-                        if tokens.stop == T and dhidden_ready is not None:
+                        if group is groups[-1] and dhidden_ready is not None:
                             dhidden_ready()
                             matmul = matmul_beside
-                    first = tokens.start == 0 and not (accumulate_dweight and weight_in_place)
+                    first = tokens.start == groups[0].start and not (accumulate_dweight and weight_in_place)
                     dweight_sum.add(rows, rows, dlogits.t(), hidden[tokens], first=first, matmul=matmul)
                     if dbias_sum is not None:
                         dbias_sum[rows] += dlogits.sum(dim=0, dtype=dtype)

@@ -207,10 +207,13 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
         if transform == "identity":
             row_types = {"matrix_ptr": pointer, "out_ptr": pointer}
             compiler.build(kept.scale_rows_kernel, row_types, kept._ROWS_LAUNCH, {}, f"rows, {about}")
-            again = kept._PRODUCT_LAUNCH | {"PRECISION": precision}
-            options_again = {name: again.pop(name) for name in ("num_warps", "num_stages")}
-            again_types = {"dlogits_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer}
-            compiler.build(kept.rewritten_product_kernel, again_types, again, options_again, f"rows, {about}")
+            product = dict(kept._PRODUCT_LAUNCH)
+            product_options = {name: product.pop(name) for name in ("num_warps", "num_stages")}
+            product_types = {"dlogits_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer}
+            product_constants = product | {"PRECISION": precision}
+            compiler.build(
+                kept.rewritten_product_kernel, product_types, product_constants, product_options, f"rows, {about}"
+            )
     if compiler.arch == "sm_90" and dtype != torch.float32 and descriptors:
         compile_for_hopper(compiler, dtype, transform, has_bias=has_bias)
         if transform == "identity":

@@ -1,5 +1,8 @@
 """Hidden states on their way from other ranks: what needs them waits for them, and all comes out as without."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +27,14 @@ class Gathered:
 
     def __init__(self, hidden: Tensor, own: slice) -> None:
         self.hidden, self.buffer, self.waits = hidden, torch.full_like(hidden, torch.nan), 0
-        self.arrival = Arrival(own, hidden[own].clone(), self.wait)
+        self.arrival = Arrival(own, hidden[own].clone(), self.beside, self.wait)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the CPU what is launched inside runs at once, so all must have arrived."""
+        self.buffer.copy_(self.hidden)
+        yield
+        self.buffer.fill_(torch.nan)
 
     def wait(self) -> None:
         self.buffer.copy_(self.hidden)
@@ -63,8 +73,11 @@ def test_order_of_arrival() -> None:
 
     def order(own: slice, tokens: slice, block_t: int) -> list[str]:
         steps = []
-        arrival = Arrival(own, hidden[own], lambda: steps.append("wait"))
-        for part, part_hidden in in_order_of_arrival(hidden, tokens, arrival, block_t, tiles_v=3):
+        arrival = Arrival(own, hidden[own], nullcontext, lambda: steps.append("wait"))
+        prepared = []
+        of_tiles = (block_t, 3, lambda tokens, hidden: prepared.append((tokens, hidden)))
+        for part, part_hidden in in_order_of_arrival(hidden, tokens, arrival, *of_tiles):
+            assert any(tokens == part and torch.equal(x, part_hidden) for tokens, x in prepared)
             assert torch.equal(part_hidden, hidden[part])
             steps.append(f"{part.start}:{part.stop}")
         return steps

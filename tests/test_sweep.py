@@ -98,3 +98,36 @@ def test_dhidden_is_ready_before_the_last_product(V: int, monkeypatch: pytest.Mo
     assert log.count("ready") == 1
     assert log[-3:] == ["dhidden", "ready", "dweight of 32 rows"]
     assert log.count("dhidden") == 3 + (V % 8 > 0)
+
+
+@pytest.mark.parametrize(("first_token", "order"), [(0, [0, 16, 32]), (16, [0, 16, 32]), (37, [32, 0, 16])])
+def test_groups_begin_with_any_token(first_token: int, order: list[int]) -> None:
+    """With the group that has it, and round from there: a rank's own tokens are here before the others."""
+    T, H, V = 40, 16, 96
+    hidden, weight = torch.randn(T, H), torch.randn(V, H)
+    dlogits = torch.randn(T, V)
+    visited: list[int] = []
+    events: list[str] = []
+
+    def write(tokens: slice, rows: slice, out: Tensor) -> None:
+        if rows.start == 0:
+            visited.append(tokens.start)
+        out.copy_(dlogits[tokens, rows])
+
+    dhidden, dweight = torch.full((T, H), torch.nan, dtype=torch.bfloat16), torch.full((V, H), torch.nan)
+    buffers = GradBuffers(dhidden, dweight, None, False, lambda: events.append(f"ready {dhidden.isnan().any()}"))
+    sweep_grads(
+        write,
+        Operands(hidden, weight, None, LogitTransform()),
+        buffers,
+        dlogits_dtype=torch.float32,
+        bytes_per_logit=4,
+        workspace_bytes=4 * 16 * 32,
+        tile=(16, 32),
+        largest=(T, V),
+        first_token=first_token,
+    )
+    assert visited == order  # groups of 32
+    assert events == ["ready False"]
+    torch.testing.assert_close(dhidden.float(), dlogits @ weight, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(dweight, dlogits.t() @ hidden)

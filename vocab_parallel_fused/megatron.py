@@ -119,9 +119,9 @@ def linear_cross_entropy(
         reduction, ignore_index, sequence_parallel: as in :func:`vocab_parallel_fused.linear_cross_entropy`.
 
     Returns:
-        The loss in fp32, ``[s, b]`` or ``[]``.
+        The loss in fp32, flat ``[s · b]`` or ``[]``.
     """
-    return functional.linear_cross_entropy(
+    loss = functional.linear_cross_entropy(
         hidden,
         weight,
         labels,
@@ -130,6 +130,7 @@ def linear_cross_entropy(
         group=tp_group,
         sequence_parallel=sequence_parallel,
     )
+    return loss.flatten() if reduction == "none" else loss
 
 
 @dataclass(eq=False, repr=False)
