@@ -73,34 +73,40 @@ def main() -> int:
         on_gpu = context.device.type == "cuda"
         chosen = arguments.shapes or ("all" if on_gpu else "small")
         shapes = {"small": SMALL, "real": REAL, "all": SMALL + REAL}[chosen]
-        columns = ["shape", "loss", "dtype", "impl", "combine", "seq. par.", "cache", *Results._fields, "same bits", ""]
-        table = Table(*columns)
-        failures = 0
+        console = Console(width=180, quiet=context.rank != 0)
+        device = torch.cuda.get_device_name() if on_gpu else "CPU"
+        console.print(f"{context.world_size} rank(s), {device}, torch {torch.__version__}; error / budget")
+        rows = failures = 0
+        # A shape at a time, so that what was found outlives a job that is ended.
         for shape in track(shapes, console=Console(stderr=True), disable=context.rank != 0):
-            for case, checks, same_bits in check_shape(shape, context):
-                passed = same_bits and all(check.passed for check in checks)
-                failures += not passed
-                table.add_row(
-                    "×".join(map(str, shape)),
-                    case.loss,
-                    str(case.dtype).removeprefix("torch."),
-                    case.impl,
-                    case.combine,
-                    str(case.sequence_parallel),
-                    str(case.kept),
-                    *(f"{check.error:.1e} / {check.budget:.1e}" for check in checks),
-                    str(same_bits),
-                    "ok" if passed else "FAILED",
-                )
-        if context.rank == 0:
-            device = torch.cuda.get_device_name() if on_gpu else "CPU"
-            console = Console(width=180)
-            console.print(f"{context.world_size} rank(s), {device}, torch {torch.__version__}; error / budget")
-            console.print(table)
-            console.print(
-                f"{failures} of {table.row_count} rows failed" if failures else f"{table.row_count} rows passed"
-            )
+            results = check_shape(shape, context)
+            console.print(make_table(shape, results))
+            rows += len(results)
+            failures += sum(not has_passed(checks, same_bits) for _, checks, same_bits in results)
+        console.print(f"{failures} of {rows} rows failed" if failures else f"{rows} rows passed")
     return 1 if failures else 0
+
+
+def make_table(shape: Shape, results: list[tuple[Case, list[Check], bool]]) -> Table:
+    columns = ["loss", "dtype", "impl", "combine", "seq. par.", "cache", *Results._fields, "same bits", ""]
+    table = Table(*columns, title="{} tokens, hidden size {}, {} classes".format(*shape))
+    for case, checks, same_bits in results:
+        table.add_row(
+            case.loss,
+            str(case.dtype).removeprefix("torch."),
+            case.impl,
+            case.combine,
+            str(case.sequence_parallel),
+            str(case.kept),
+            *(f"{check.error:.1e} / {check.budget:.1e}" for check in checks),
+            str(same_bits),
+            "ok" if has_passed(checks, same_bits) else "FAILED",
+        )
+    return table
+
+
+def has_passed(checks: list[Check], same_bits: bool) -> bool:
+    return same_bits and all(check.passed for check in checks)
 
 
 def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check], bool]]:
