@@ -22,7 +22,7 @@ from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
-from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows
+from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows, scale_rows, scaled_matmul
 from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
@@ -287,24 +287,24 @@ class _LogitGrads:
         """Of the rows whose exponentials were kept."""
         head = self.head.block(slice(None), slice(0, cache.exps.shape[1]))
         of_tokens = (self.target_row, self.target_logit, self.max_logit, self.coefficients)
-        kept = kept_dlogits(*of_tokens, cache, head.transform)
+        values, scale = kept_dlogits(*of_tokens, cache, head.transform)
 
         def rewrite() -> None:
             rewrite_rows(head, self.max_logit, self.coefficients.level, cache)
-            self.write_targets(slice(None), 0, kept.values, kept.scale)
+            self.write_targets(slice(None), 0, values, scale)
+
+        def complete(dhidden: Tensor | None) -> None:
+            if arrival is not None:
+                arrival.wait()
+                rewrite()
+                if dhidden is not None:
+                    rewrite_product(dhidden, head.weight, cache)
 
         if arrival is None:
             rewrite()
-            return kept
-
-        def complete(dhidden: Tensor | None) -> None:
-            arrival.wait()
-            rewrite()
-            if dhidden is not None:
-                rewrite_product(dhidden, head.weight, cache)
-
-        self.write_targets(slice(None), 0, kept.values, kept.scale)
-        return kept._replace(complete=complete)
+        else:
+            self.write_targets(slice(None), 0, values, scale)
+        return KeptDlogits(values, scale, scale_rows, scaled_matmul, complete)
 
 
 def local_grads(
@@ -339,10 +339,7 @@ def local_grads(
         )
         coefficients = coefficients._replace(grad_target_logit=total)
 
-    # What goes on without the other ranks' tokens: the first block that is recomputed, or the product for dhidden of a
-    # shard that is kept whole.
-    can_start = is_aligned(hidden) and (cache is None or cache.exps.shape[1] == weight.shape[0])
-    if arrival is not None and not can_start:
+    if arrival is not None and not is_aligned(hidden):
         arrival.wait()
         arrival = None
     dlogits = _LogitGrads(
@@ -355,7 +352,11 @@ def local_grads(
         arch,
         tile_config(arch, hidden.dtype, hidden.shape[0]),
     )
-    kept = None if cache is None else dlogits.of_kept(cache, arrival)
+    first_token = 0 if arrival is None else arrival.own.start
+    kept = None
+    if cache is not None:
+        # These come first: by then all have arrived.
+        kept, arrival = dlogits.of_kept(cache, arrival), None
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
         nonlocal arrival
@@ -375,5 +376,5 @@ def local_grads(
         processors=num_processors(hidden.device),
         kept=kept,
         matmul_beside=matmul_beside,
-        first_token=0 if arrival is None else arrival.own.start,
+        first_token=first_token,
     )

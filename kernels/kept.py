@@ -20,7 +20,7 @@ from torch import Tensor
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper_matmul
 from vocab_parallel_fused.kernels.configs import TileConfig
-from vocab_parallel_fused.kernels.sweep import KeptDlogits, matmul_into
+from vocab_parallel_fused.kernels.sweep import matmul_into
 from vocab_parallel_fused.kernels.tiles import (
     current_arch,
     log2_from,
@@ -246,9 +246,9 @@ def kept_dlogits(
     coefficients: DlogitsCoefficients,
     cache: ExpCache,
     transform: LogitTransform,
-) -> KeptDlogits:
-    """The cache's exponentials as gradients of the logits, but for the targets' entries, and for the rows whose
-    exponentials are out of range: these are marked in its reference.
+) -> tuple[Tensor, Tensor]:
+    """The cache's exponentials ``[T, V]``, and factors ``[T]`` that make gradients of the logits of them, but for the
+    targets' entries and the rows whose exponentials are out of range. These are marked in the cache's reference.
 
     Args:
         target_row, target_logit, max_logit: of the tokens.
@@ -274,7 +274,7 @@ def kept_dlogits(
         **transform_kwargs(transform),
         **_SCALE_LAUNCH,
     )
-    return KeptDlogits(cache.exps, scale, scale_rows, scaled_matmul)
+    return cache.exps, scale
 
 
 def rewrite_rows(head: Operands, max_logit: Tensor, level: Tensor, cache: ExpCache) -> None:

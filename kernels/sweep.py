@@ -60,8 +60,8 @@ class KeptDlogits(NamedTuple):
     scale: Tensor  # [T] fp32
     scale_rows: Callable[[Tensor, Tensor, Tensor], None]  # (matrix [N, H], scale [N], out [N, H])
     scaled_matmul: Callable[[Tensor, Tensor, Tensor, Tensor], None]  # (out [N, H], values [N, V], matrix, scale [N])
-    complete: Callable[[Tensor | None], None] | None = None
-    """Waits for hidden states and completes values, and dhidden ``[T, H]`` if it was made of them; None: they are."""
+    complete: Callable[[Tensor | None], None]
+    """Waits for hidden states on their way, and completes values, and dhidden ``[T, H]`` if that was made of them."""
 
 
 class Blocks(NamedTuple):
@@ -195,7 +195,7 @@ def sweep_grads(
     """
     hidden, weight, *_ = head
     (T, H), V = hidden.shape, weight.shape[0]
-    dhidden, dweight, dbias, accumulate_dweight, dhidden_ready = buffers
+    dhidden, dweight, dbias, accumulate_dweight, _ = buffers
     dtype = torch.promote_types(dlogits_dtype, torch.float32)
     num_kept = 0 if kept is None else kept.values.shape[1]
     if T == 0 or V == 0:
@@ -213,10 +213,10 @@ def sweep_grads(
         dweight_total = torch.empty(V, H, dtype=dtype, device=hidden.device)
         dweight, accumulate_dweight = dweight_total, False
     dbias_sum = None if dbias is None else dbias.new_zeros(V, dtype=dtype)
-    if kept is not None:
-        of_kept = buffers._replace(dweight=dweight, accumulate_dweight=accumulate_dweight)
-        _write_kept_rows(kept, head, of_kept, dbias_sum, matmul_beside)
-    if num_kept < V:
+    sums = GradBuffers(dhidden, dweight, dbias_sum, accumulate_dweight, buffers.dhidden_ready)
+    if kept is not None and num_kept == V:
+        _write_kept(kept, head, sums, matmul_beside)
+    else:
         # Sums may be added up in a gradient of their own dtype. A single product rounds its fp32 sum once, so it can
         # be written into a gradient of its operands' dtype.
         takes_sums = [grad is None or (unscale is None and grad.dtype == dtype) for grad in (dhidden, dweight)]
@@ -241,36 +241,73 @@ def sweep_grads(
         # The tail first: a product worth the name should come after dhidden is complete.
         aligned = max(num_kept, V - V % _GEMM_ROWS)
         row_blocks = [*slices(V, _GEMM_ROWS, aligned), *slices(aligned, blocks.block_v, num_kept)]
-        hidden_in_place = takes_sums[0] or (takes_product[0] and len(row_blocks) == 1 and kept is None)
-        weight_in_place = takes_sums[1] or (takes_product[1] and blocks.block_t >= T and not accumulate_dweight)
-        workspace = hidden.new_empty(min(blocks.block_t, T), blocks.block_v, dtype=dlogits_dtype)
-        dhidden_sum = _Sum(dhidden, min(blocks.group_t, T), dtype, in_place=hidden_in_place)
-        dweight_sum = _Sum(dweight, min(blocks.block_v, V), dtype, in_place=weight_in_place)
         groups = [*slices(T, blocks.group_t)]
         first_group = min(first_token, T - 1) // blocks.group_t
-        groups = groups[first_group:] + groups[:first_group]
-        matmul = None
-        for group in groups:
-            _write_kept_dhidden(kept, group, weight, None if dhidden is None else dhidden_sum.part(group, group))
-            for rows in row_blocks:
-                for tokens in slices(group.stop, blocks.block_t, group.start):
-                    dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
-                    write_dlogits(tokens, rows, dlogits)
-                    first = rows is row_blocks[0] and kept is None
-                    dhidden_sum.add(tokens, group, dlogits, weight[rows], first=first)
-                    if tokens.stop == group.stop and rows is row_blocks[-1]:
-                        dhidden_sum.finish(group, unscale)
-                        if group is groups[-1] and dhidden_ready is not None:
-                            dhidden_ready()
-                            matmul = matmul_beside
-                    first = tokens.start == groups[0].start and not (accumulate_dweight and weight_in_place)
-                    dweight_sum.add(rows, rows, dlogits.t(), hidden[tokens], first=first, matmul=matmul)
-                    if dbias_sum is not None:
-                        dbias_sum[rows] += dlogits.sum(dim=0, dtype=dtype)
-                dweight_sum.finish(rows, unscale, accumulate=accumulate_dweight)
+        hidden_in_place = takes_sums[0] or (takes_product[0] and len(row_blocks) == 1 and kept is None)
+        weight_in_place = takes_sums[1] or (takes_product[1] and blocks.block_t >= T and not accumulate_dweight)
+        _sweep_blocks(
+            write_dlogits,
+            head,
+            groups[first_group:] + groups[:first_group],
+            row_blocks,
+            blocks.block_t,
+            hidden.new_empty(min(blocks.block_t, T), blocks.block_v, dtype=dlogits_dtype),
+            _Sum(dhidden, min(blocks.group_t, T), dtype, in_place=hidden_in_place),
+            _Sum(dweight, min(blocks.block_v, V), dtype, in_place=weight_in_place),
+            sums,
+            unscale,
+            kept,
+            matmul_beside,
+        )
     for grad, total in ((dbias, dbias_sum), (buffers.dweight, dweight_total)):
         if grad is not None and total is not None:
             grad.copy_(total if unscale is None else total * unscale)
+
+
+def _sweep_blocks(
+    write_dlogits: Callable[[slice, slice, Tensor], None],
+    head: Operands,
+    groups: list[slice],
+    row_blocks: list[slice],
+    block_t: int,
+    workspace: Tensor,
+    dhidden_sum: _Sum,
+    dweight_sum: _Sum,
+    sums: GradBuffers,
+    unscale: Tensor | None,
+    kept: KeptDlogits | None,
+    matmul_beside: Matmul | None,
+) -> None:
+    hidden, weight, *_ = head
+    accumulates_in_place = sums.accumulate_dweight and dweight_sum.in_place
+    matmul = None
+    for group in groups:
+        is_first, is_last = group is groups[0], group is groups[-1]
+        if kept is not None:
+            part = None if sums.dhidden is None else dhidden_sum.part(group, group)
+            if is_first and not is_last:
+                kept.complete(None)
+            _write_kept_dhidden(kept, group, weight, part)
+            if is_first:
+                if is_last:
+                    kept.complete(part)
+                _write_kept_dweight(kept, hidden, sums, None if dhidden_sum.in_place else sums.dhidden, None)
+        for rows in row_blocks:
+            for tokens in slices(group.stop, block_t, group.start):
+                dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
+                write_dlogits(tokens, rows, dlogits)
+                first = rows is row_blocks[0] and kept is None
+                dhidden_sum.add(tokens, group, dlogits, weight[rows], first=first)
+                if tokens.stop == group.stop and rows is row_blocks[-1]:
+                    dhidden_sum.finish(group, unscale)
+                    if is_last and sums.dhidden_ready is not None:
+                        sums.dhidden_ready()
+                        matmul = matmul_beside
+                first = is_first and tokens.start == group.start and not accumulates_in_place
+                dweight_sum.add(rows, rows, dlogits.t(), hidden[tokens], first=first, matmul=matmul)
+                if sums.dbias is not None:
+                    sums.dbias[rows] += dlogits.sum(dim=0, dtype=sums.dbias.dtype)
+            dweight_sum.finish(rows, unscale, accumulate=sums.accumulate_dweight)
 
 
 def _write_zeros(buffers: GradBuffers) -> None:
@@ -286,6 +323,7 @@ class _Sum:
 
     def __init__(self, grad: Tensor | None, most_rows: int, dtype: torch.dtype, *, in_place: bool) -> None:
         self.grad = grad
+        self.in_place = in_place
         self.own = None
         if grad is not None and not in_place:
             self.own = torch.empty(most_rows, *grad.shape[1:], dtype=dtype, device=grad.device)
@@ -309,44 +347,41 @@ class _Sum:
         self.grad[rows].add_(total) if accumulate else self.grad[rows].copy_(total)
 
 
-def _write_kept_rows(
-    kept: KeptDlogits,
-    head: Operands,
-    buffers: GradBuffers,
-    dbias_sum: Tensor | None,
-    matmul_beside: Matmul | None,
-) -> None:
-    """Gradients of the rows that are kept, and dhidden if these are all."""
+def _write_kept(kept: KeptDlogits, head: Operands, sums: GradBuffers, matmul_beside: Matmul | None) -> None:
+    """All gradients, of a shard that is kept whole."""
     hidden, weight, *_ = head
-    dhidden, dweight, _, accumulate_dweight, dhidden_ready = buffers
-    num_kept = kept.values.shape[1]
     tokens = slice(0, hidden.shape[0])
-    dhidden_here = dhidden if num_kept == weight.shape[0] else None
-    dhidden_first = None if dhidden_ready is None else dhidden_here
-    _write_kept_dhidden(kept, tokens, weight, dhidden_first)
-    if kept.complete is not None:
-        kept.complete(dhidden_first)
-    matmul = None
-    if dhidden_first is not None and dhidden_ready is not None:
-        dhidden_ready()
-        matmul = matmul_beside
-    if dweight is not None:
-        # Unless it is on its way, dhidden's memory can hold the scaled hidden states before it is written.
-        lent = dhidden if dhidden_first is None and dhidden is not None and dhidden.dtype == hidden.dtype else None
-        scaled = torch.empty_like(hidden, memory_format=torch.contiguous_format) if lent is None else lent
-        kept.scale_rows(hidden, kept.scale, scaled)
-        _add_product(dweight[:num_kept], kept.values.t(), scaled, first=not accumulate_dweight, matmul=matmul)
-    if dbias_sum is not None:
+    if sums.dhidden_ready is None:
+        kept.complete(None)
+        # dhidden's memory can hold the scaled hidden states before it is written.
+        _write_kept_dweight(kept, hidden, sums, sums.dhidden, None)
+        _write_kept_dhidden(kept, tokens, weight, sums.dhidden)
+    else:
+        _write_kept_dhidden(kept, tokens, weight, sums.dhidden)
+        kept.complete(sums.dhidden)
+        sums.dhidden_ready()
+        _write_kept_dweight(kept, hidden, sums, None, matmul_beside)
+
+
+def _write_kept_dweight(
+    kept: KeptDlogits, hidden: Tensor, sums: GradBuffers, lent: Tensor | None, matmul: Matmul | None
+) -> None:
+    """Gradients of the rows that are kept; ``lent`` is memory ``[T, H]`` that nobody needs yet."""
+    num_kept = kept.values.shape[1]
+    if sums.dweight is not None:
+        if lent is None or lent.dtype != hidden.dtype:
+            lent = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        kept.scale_rows(hidden, kept.scale, lent)
+        dweight, first = sums.dweight[:num_kept], not sums.accumulate_dweight
+        _add_product(dweight, kept.values.t(), lent, first=first, matmul=matmul)
+    if sums.dbias is not None:
         scale = kept.scale.to(kept.values.dtype)[:, None]
-        matmul_into(dbias_sum[:num_kept, None], kept.values.t(), scale)
-    if dhidden_ready is None:
-        _write_kept_dhidden(kept, tokens, weight, dhidden_here)
+        matmul_into(sums.dbias[:num_kept, None], kept.values.t(), scale)
 
 
-def _write_kept_dhidden(kept: KeptDlogits | None, tokens: slice, weight: Tensor, out: Tensor | None) -> None:
-    if kept is None or out is None:
-        return
-    kept.scaled_matmul(out, kept.values[tokens], weight[: kept.values.shape[1]], kept.scale[tokens])
+def _write_kept_dhidden(kept: KeptDlogits, tokens: slice, weight: Tensor, out: Tensor | None) -> None:
+    if out is not None:
+        kept.scaled_matmul(out, kept.values[tokens], weight[: kept.values.shape[1]], kept.scale[tokens])
 
 
 def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
