@@ -11,10 +11,11 @@ logits of it, ``hopper_matmul.py`` a matrix.
 ``n`` of a stage is phase ``n`` of ``full``, so its reader waits for parity ``n % 2``. The loader waits until use
 ``n − 1`` is over: parity ``1 − n % 2``, which of a fresh barrier counts as complete.
 
-Tiles are drawn from a counter, so that whoever is free takes the next: where a message's kernel holds some of the SMs
-for a while, the programs that come late to them find less to do. The loader draws, and leaves the number with the first
-operands of a tile: ``numbers[s]`` is to be read once ``full[s]`` is complete, and below 0 there are no more. Which
-program computes a tile changes no bit of it. ``strip`` tiles of the same rows are drawn together.
+All tiles but a program's first are drawn from a counter, so that whoever is free takes the next: where a message's
+kernel holds some of the SMs for a while, the programs that come late to them find less to do. The loader draws, and
+leaves the number with the first operands of a tile: ``numbers[s]`` is to be read once ``full[s]`` is complete, and
+below 0 there are no more. Which program computes a tile changes no bit of it. ``strip`` tiles of the same rows go
+together.
 
 Operands lie in memory as ``x`` ``[M, K]`` and ``w`` ``[N, K]``, or the other way round where called transposed.
 """
@@ -93,7 +94,7 @@ def load_tiles(
     num_m, num_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
     num_strips = gl.cdiv(num_n, strip)
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
-    number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    number = gl.program_id(0)
     while number < num_m * num_strips:
         pid_m, pid_strip = tile_position(number, num_m, num_strips, GROUP_M)
         mbarrier.wait(empty.index(stage), phase)
@@ -108,7 +109,7 @@ def load_tiles(
                     _load_block(x, off_m, off_k, arrived, x_smem.index(2 * stage + half), X_TRANSPOSED)
                 _load_block(w, pid_n * TILE_N, off_k, arrived, w_smem.index(stage), W_TRANSPOSED)
                 stage, phase = _next_stage(stage, phase, STAGES)
-        number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
     mbarrier.wait(empty.index(stage), phase)
     numbers.index(stage).store(gl.full([1], -1, gl.int32, scalar))
     mbarrier.arrive(full.index(stage), count=1)

@@ -12,8 +12,8 @@ of a dtype, so its numbers of tokens should reach from 1 to some thousands.
 
 The table shows the medians of the chosen tile, their sum relative to that of the recorded tile (below 1: faster), and
 the forward relative to torch's product for the logits alone. float16 uses bfloat16's tiles. On sm_90 a Gluon kernel
-(``kernels/hopper.py``) computes 16-bit tiles of more than 64 tokens; the chosen ones then serve label smoothing, the
-argmax, the top k and distillation.
+(``kernels/hopper_tiles.py``) computes 16-bit tiles of more than 64 tokens; the chosen ones then serve label smoothing,
+the argmax, the top k and distillation.
 """
 
 from __future__ import annotations
