@@ -28,9 +28,9 @@ from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
     aligned,
+    aligned_hidden,
     current_arch,
     in_order_of_arrival,
-    is_aligned,
     log2_from,
     logits_tile,
     num_processors,
@@ -339,11 +339,9 @@ def local_grads(
         )
         coefficients = coefficients._replace(grad_target_logit=total)
 
-    if arrival is not None and not is_aligned(hidden):
-        arrival.wait()
-        arrival = None
+    tiles_hidden, arrival = aligned_hidden(hidden, arrival)
     dlogits = _LogitGrads(
-        head._replace(hidden=aligned(hidden)),
+        head._replace(hidden=tiles_hidden),
         target_row,
         target_logit,
         class_weight,

@@ -33,9 +33,9 @@ from vocab_parallel_fused.kernels.tiles import (
     LN2,
     LOG2E,
     aligned,
+    aligned_hidden,
     current_arch,
     in_order_of_arrival,
-    is_aligned,
     log2_from,
     logits_tile,
     num_processors,
@@ -351,10 +351,7 @@ def local_stats(
     num_wanted = sum(field is not None for field in reduced.values())
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper_tiles.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
-    if arrival is not None and not is_aligned(hidden):
-        arrival.wait()
-        arrival = None
-    hidden = aligned(hidden)
+    hidden, arrival = aligned_hidden(hidden, arrival)
 
     def write_targets(tokens: slice, hidden: Tensor) -> None:
         reference = None if cache is None else cache.reference[tokens]

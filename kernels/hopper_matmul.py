@@ -73,7 +73,7 @@ def matmul_kernel(
     w,  # [N, K] or, transposed, [K, N] descriptor
     out,  # [M, N] descriptor, out
     scale_ptr,  # [M] or None: 1
-    counter_ptr,  # [] int32, 0
+    counter_ptr,  # [1] int32, 0
     M,
     N,
     K,
@@ -123,7 +123,8 @@ def takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
     (M, N), processors = out.shape, num_processors(out.device)
     waves = -(-(-(-M // BLOCK_M) * -(-N // BLOCK_N)) // processors)
     filled = M * N / (waves * processors * BLOCK_M * BLOCK_N) if waves else 0.0
-    return a.shape[1] > 0 and filled >= _LEAST_FILLED
+    # The copy engine stores whole groups of 8 columns.
+    return a.shape[1] > 0 and N % 8 == 0 and filled >= _LEAST_FILLED
 
 
 def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None) -> None:

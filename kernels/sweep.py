@@ -204,6 +204,7 @@ def sweep_grads(
     dweight_total = None
     if (
         dweight is not None
+        and not accumulate_dweight
         and unscale is None
         and dweight.dtype != dtype
         and T > V > num_kept
@@ -211,7 +212,7 @@ def sweep_grads(
     ):
         # A sum of all dweight is smaller than one of all dhidden, and lets that be finished group by group.
         dweight_total = torch.empty(V, H, dtype=dtype, device=hidden.device)
-        dweight, accumulate_dweight = dweight_total, False
+        dweight = dweight_total
     dbias_sum = None if dbias is None else dbias.new_zeros(V, dtype=dtype)
     sums = GradBuffers(dhidden, dweight, dbias_sum, accumulate_dweight, buffers.dhidden_ready)
     if kept is not None and num_kept == V:
@@ -238,9 +239,12 @@ def sweep_grads(
             largest=largest,
             processors=processors,
         )
-        # The tail first: a product worth the name should come after dhidden is complete.
+        # A product worth the name should come after dhidden is complete, and if there are two, one before hidden states
+        # have arrived.
         aligned = max(num_kept, V - V % _GEMM_ROWS)
-        row_blocks = [*slices(V, _GEMM_ROWS, aligned), *slices(aligned, blocks.block_v, num_kept)]
+        wide = [*slices(aligned, blocks.block_v, num_kept)]
+        before = wide[:1] if len(wide) > 1 else []
+        row_blocks = [*before, *slices(V, _GEMM_ROWS, aligned), *wide[len(before) :]]
         groups = [*slices(T, blocks.group_t)]
         first_group = min(first_token, T - 1) // blocks.group_t
         hidden_in_place = takes_sums[0] or (takes_product[0] and len(row_blocks) == 1 and kept is None)
@@ -280,6 +284,9 @@ def _sweep_blocks(
 ) -> None:
     hidden, weight, *_ = head
     accumulates_in_place = sums.accumulate_dweight and dweight_sum.in_place
+    # Where all rows but a tail are kept, theirs is the product to come after dhidden.
+    rows_left = sum(rows.stop - rows.start for rows in row_blocks)
+    kept_last = sums.dhidden_ready is not None and len(groups) == 1 and rows_left < _GEMM_ROWS
     matmul = None
     for group in groups:
         is_first, is_last = group is groups[0], group is groups[-1]
@@ -291,7 +298,8 @@ def _sweep_blocks(
             if is_first:
                 if is_last:
                     kept.complete(part)
-                _write_kept_dweight(kept, hidden, sums, None if dhidden_sum.in_place else sums.dhidden, None)
+                if not kept_last:
+                    _write_kept_dweight(kept, hidden, sums, None if dhidden_sum.in_place else sums.dhidden, None)
         for rows in row_blocks:
             for tokens in slices(group.stop, block_t, group.start):
                 dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
@@ -308,6 +316,8 @@ def _sweep_blocks(
                 if sums.dbias is not None:
                     sums.dbias[rows] += dlogits.sum(dim=0, dtype=sums.dbias.dtype)
             dweight_sum.finish(rows, unscale, accumulate=sums.accumulate_dweight)
+    if kept is not None and kept_last:
+        _write_kept_dweight(kept, hidden, sums, None, matmul)
 
 
 def _write_zeros(buffers: GradBuffers) -> None:

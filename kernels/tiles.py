@@ -225,7 +225,7 @@ def in_order_of_arrival(
             return -(-tiles // num_processors(hidden.device))
 
         if own.start < own.stop and _MOST_SPLIT * waves(tokens) >= sum(map(waves, (own, *others))):
-            own_hidden = arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start]
+            own_hidden = aligned(arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start])
             prepare(own, own_hidden)
             yield own, own_hidden
             with arrival.beside():
@@ -254,6 +254,14 @@ def aligned(matrix: Tensor) -> Tensor:
     copy[:, columns:].zero_()
     copy[:, :columns] = matrix
     return copy
+
+
+def aligned_hidden(hidden: Tensor, arrival: Arrival | None) -> tuple[Tensor, Arrival | None]:
+    """Gathered hidden states, aligned, and what may be read of them when: a copy can be made of all or nothing."""
+    if arrival is not None and not is_aligned(hidden):
+        arrival.wait()
+        arrival = None
+    return aligned(hidden), arrival
 
 
 def rows_per_copy(weight: Tensor) -> int:

@@ -128,3 +128,17 @@ def test_gradients(impl: Impl, own: slice, kept: float, size: float, dtype: torc
         # The rows that are computed anew take another product.
         tolerance = 0.0 if size == 1 else 4 * torch.finfo(dtype).eps * expected[0].abs().max().item()
         torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=tolerance)
+
+
+def test_own_tokens_are_aligned() -> None:
+    """They are the caller's own memory, where the gathered ones are fresh: a part of a flat buffer, for one."""
+    own = slice(32, 64)
+    misaligned = torch.randn(32 * H + 1)[1:].view(32, H)
+    assert not tiles.is_aligned(misaligned)
+    arrival = Arrival(own, misaligned, nullcontext, lambda: None)
+    arrivals = in_order_of_arrival(torch.randn(T, H), slice(0, T), arrival, 16, 3)
+    parts = {part.start: hidden for part, hidden in arrivals}
+    assert parts.keys() == {32, 0, 64}
+    assert all(map(tiles.is_aligned, parts.values()))
+    assert torch.equal(parts[32][:, :H], misaligned)
+    assert not parts[32][:, H:].any()

@@ -97,6 +97,9 @@ def test_dhidden_is_ready_before_the_last_product(V: int, monkeypatch: pytest.Mo
     log = logged_sweep(monkeypatch, V)
     assert log.count("ready") == 1
     assert log[-3:] == ["dhidden", "ready", "dweight of 32 rows"]
+    assert log[:2] == ["dhidden", "dweight of 32 rows"], (
+        "the first block is what runs beside the gather of hidden states"
+    )
     assert log.count("dhidden") == 3 + (V % 8 > 0)
 
 
@@ -130,4 +133,40 @@ def test_groups_begin_with_any_token(first_token: int, order: list[int]) -> None
     assert visited == order  # groups of 32
     assert events == ["ready False"]
     torch.testing.assert_close(dhidden.float(), dlogits @ weight, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(dweight, dlogits.t() @ hidden)
+
+
+def test_kept_rows_come_last_if_little_else_is_left() -> None:
+    """Only a tail is recomputed, which is no product for dhidden's message to hide behind."""
+    T, H, V = 40, 16, 35
+    hidden, weight, dlogits, scale = torch.randn(T, H), torch.randn(V, H), torch.randn(T, V), torch.rand(T)
+    log = []
+
+    def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
+        log.append("kept dweight")
+        torch.mul(matrix, scale[:, None], out=out)
+
+    def scaled_matmul(out: Tensor, values: Tensor, matrix: Tensor, scale: Tensor) -> None:
+        log.append("kept dhidden")
+        torch.mul(values @ matrix, scale[:, None], out=out)
+
+    def write(tokens: slice, rows: slice, out: Tensor) -> None:
+        out.copy_(scale[tokens, None] * dlogits[tokens, rows])
+
+    kept = sweep.KeptDlogits(dlogits[:, :32], scale, scale_rows, scaled_matmul, lambda _: log.append("complete"))
+    dhidden, dweight = torch.full((T, H), torch.nan), torch.full((V, H), torch.nan)
+    sweep_grads(
+        write,
+        Operands(hidden, weight, None, LogitTransform()),
+        GradBuffers(dhidden, dweight, None, False, lambda: log.append(f"ready {dhidden.isnan().any()}")),
+        dlogits_dtype=torch.float32,
+        bytes_per_logit=4,
+        workspace_bytes=4 * T * 32,
+        tile=(16, 32),
+        largest=(T, V),
+        kept=kept,
+    )
+    assert log == ["kept dhidden", "complete", "ready False", "kept dweight"]
+    dlogits *= scale[:, None]
+    torch.testing.assert_close(dhidden, dlogits @ weight)
     torch.testing.assert_close(dweight, dlogits.t() @ hidden)

@@ -17,7 +17,8 @@ class Arrival(NamedTuple):
     """[T / R, H] their hidden states, which are here."""
 
     beside: Callable[[], AbstractContextManager[object]]
-    """What is launched inside runs when all have arrived, beside what is launched outside, until that waits."""
+    """What is launched inside runs when all have arrived, beside what is launched outside, until that waits. It may
+    read nothing that was launched since the gather began."""
 
     wait: Callable[[], None]
     """Lets the device wait until all have arrived, and for what runs beside. May be called again."""
