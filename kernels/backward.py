@@ -284,7 +284,8 @@ class _LogitGrads:
         )
 
     def of_kept(self, cache: ExpCache, arrival: Arrival | None) -> KeptDlogits:
-        """Of the rows whose exponentials were kept."""
+        """Of the rows whose exponentials were kept. Tokens whose are out of range are computed anew, by ``complete`` if
+        hidden states are on their way."""
         head = self.head.block(slice(None), slice(0, cache.exps.shape[1]))
         of_tokens = (self.target_row, self.target_logit, self.max_logit, self.coefficients)
         values, scale = kept_dlogits(*of_tokens, cache, head.transform)

@@ -282,6 +282,7 @@ def _sweep_blocks(
     kept: KeptDlogits | None,
     matmul_beside: Matmul | None,
 ) -> None:
+    """The walk over groups, blocks of rows and blocks of tokens, in the order in which they are given."""
     hidden, weight, *_ = head
     accumulates_in_place = sums.accumulate_dweight and dweight_sum.in_place
     # Where all rows but a tail are kept, theirs is the product to come after dhidden.
