@@ -1,12 +1,22 @@
 """Hidden states on their way from other ranks: what needs them waits for them, and all comes out as without."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from vocab_parallel_fused import (
+    ComputeOptions,
+    autograd,
+    collectives,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_top_k,
+)
 from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.dispatch import select_kernels
 from vocab_parallel_fused.exp_cache import ExpCache
@@ -41,29 +51,41 @@ class Gathered:
         self.waits += 1
 
 
-def problem(device: torch.device, dtype: torch.dtype, *, size: float = 1.0) -> tuple[Operands, Tensor]:
+def problem(
+    device: torch.device, dtype: torch.dtype, *, size: float = 1.0, hidden_size: int = H
+) -> tuple[Operands, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(T, H, generator=generator).mul(size).to(device, dtype)
-    weight = torch.randn(V, H, generator=generator).to(device, dtype)
+    hidden = torch.randn(T, hidden_size, generator=generator).mul(size).to(device, dtype)
+    weight = torch.randn(V, hidden_size, generator=generator).to(device, dtype)
     target_row = torch.randint(-V, V, (T, 1), generator=generator).to(device)
     return Operands(hidden, weight, None, LogitTransform()), target_row
 
 
 def grads(
-    impl: Impl, head: Operands, target_row: Tensor, stats: PartStats, cache: ExpCache | None, arrival: Arrival | None
+    impl: Impl,
+    head: Operands,
+    target_row: Tensor,
+    stats: PartStats,
+    cache: ExpCache | None,
+    arrival: Arrival | None,
+    *,
+    workspace_bytes: int = 2**14,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[bool]]:
     """dhidden, dweight, and whether dhidden held a NaN when it was said to be complete."""
     hidden, weight, *_ = head
     level = torch.linspace(0.5, 2, T, device=hidden.device) / stats.sum_exp
     coefficients = DlogitsCoefficients(level, None, None, -stats.owners * 0.7)
     dhidden = torch.full(hidden.shape, torch.nan, dtype=hidden.dtype, device=hidden.device)
-    dweight = torch.full_like(weight, torch.nan)
+    dweight = torch.full_like(weight, torch.nan) if main_grad is None else main_grad.clone()
     said = []
-    buffers = GradBuffers(dhidden, dweight, None, False, lambda: said.append(bool(dhidden.isnan().any())))
+    buffers = GradBuffers(
+        dhidden, dweight, None, main_grad is not None, lambda: said.append(bool(dhidden.isnan().any()))
+    )
     if cache is not None:
         cache = ExpCache(*(tensor.clone() for tensor in cache))
     of_tokens = (target_row, stats.target_logit, None, stats.max_logit, coefficients, cache)
-    select_kernels(impl, hidden).local_grads(head, *of_tokens, buffers, 2**14, arrival)
+    select_kernels(impl, hidden).local_grads(head, *of_tokens, buffers, workspace_bytes, arrival)
     return dhidden, dweight, said
 
 
@@ -85,6 +107,7 @@ def test_order_of_arrival() -> None:
     assert order(slice(32, 64), slice(0, 96), 16) == ["32:64", "wait", "0:32", "64:96"]
     assert order(slice(0, 32), slice(0, 96), 16) == ["0:32", "wait", "32:96"]
     assert order(slice(64, 96), slice(48, 80), 16) == ["64:80", "wait", "48:64"]
+    assert order(slice(32, 64), slice(48, 96), 16) == ["48:64", "wait", "64:96"]
     assert order(slice(32, 64), slice(32, 48), 16) == ["32:48", "wait"]
     assert order(slice(32, 64), slice(64, 96), 16) == ["wait", "64:96"]
     assert order(slice(5, 37), slice(0, 96), 16) == ["wait", "0:96"]  # 1 + 2 + 4 blocks in place of 6
@@ -106,10 +129,31 @@ def test_statistics(impl: Impl, own: slice, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("own", RANKS_TOKENS)
+def test_what_is_kept(own: slice, device: torch.device) -> None:
+    """Exponentials of half the rows, and what they are measured from."""
+    if device.type == "cuda":
+        pytest.skip("tiles are too large there for half of these rows")
+    head, target_row = problem(device, torch.float32)
+    local_stats, budget = select_kernels("triton", head.hidden).local_stats, T * V * 4 // 2
+    _, expected = local_stats(head, target_row, None, Wanted(), budget, None)
+    gathered = Gathered(head.hidden, own)
+    arrived = head._replace(hidden=gathered.buffer)
+    _, actual = local_stats(arrived, target_row, None, Wanted(), budget, gathered.arrival)
+    assert expected is not None
+    assert actual is not None
+    # Which logits are in a token's sample depends on the tokens beside it.
+    distance = (actual.reference[:, None] - head.hidden @ head.weight.t()).abs().amin(dim=1)
+    assert (distance < 1e-4).all()
+    for cache in (actual, expected):
+        cache.exps.mul_(torch.exp(cache.reference - cache.max_logit)[:, None])
+    torch.testing.assert_close(actual.exps, expected.exps, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", RANKS_TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kept", "size"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 60.0)])
+@pytest.mark.parametrize(("kept", "size"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 60.0), (1.0, 60.0)])
 def test_gradients(impl: Impl, own: slice, kept: float, size: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Recomputed, half kept, kept, and kept where many a row's exponentials are out of range, so that it is computed
+    """Recomputed, half kept, kept, and either where many a row's exponentials are out of range, so that it is computed
     anew: also in a second backward."""
     head, target_row = problem(device, dtype, size=size)
     budget = int(kept * T * V * dtype.itemsize)
@@ -122,7 +166,7 @@ def test_gradients(impl: Impl, own: slice, kept: float, size: float, dtype: torc
         gathered = Gathered(head.hidden, own)
         arrived = head._replace(hidden=gathered.buffer)
         actual = grads(impl, arrived, target_row, stats, cache, gathered.arrival)
-        assert gathered.waits > 0
+        assert gathered.waits == 1
         assert actual[2] == expected[2] == [False]
         assert torch.equal(actual[1], expected[1])
         # The rows that are computed anew take another product.
@@ -142,3 +186,154 @@ def test_own_tokens_are_aligned() -> None:
     assert all(map(tiles.is_aligned, parts.values()))
     assert torch.equal(parts[32][:, :H], misaligned)
     assert not parts[32][:, H:].any()
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_hidden_states_that_are_copied(impl: Impl, kept: float, device: torch.device) -> None:
+    """Where their rows do not start where loads are fast they are copied: all of them, so all must be here."""
+    head, target_row = problem(device, torch.float32, hidden_size=H - 2)
+    budget = int(kept * T * V * 4)
+    local_stats = select_kernels(impl, head.hidden).local_stats
+    stats, cache = local_stats(head, target_row, None, Wanted(), budget, None)
+    gathered = Gathered(head.hidden, slice(32, 64))
+    actual, _ = local_stats(head._replace(hidden=gathered.buffer), target_row, None, Wanted(), budget, gathered.arrival)
+    torch.testing.assert_close(actual, stats, rtol=1e-6, atol=1e-6)
+    expected = grads(impl, head, target_row, stats, cache, None)
+    gathered = Gathered(head.hidden, slice(32, 64))
+    arrived = head._replace(hidden=gathered.buffer)
+    for grad, value in zip(
+        grads(impl, arrived, target_row, stats, cache, gathered.arrival)[:2], expected[:2], strict=True
+    ):
+        assert torch.equal(grad, value)
+
+
+@pytest.mark.parametrize("own", [slice(0, 32), slice(64, 96)])
+@pytest.mark.parametrize(("kept", "size"), [(0.0, 1.0), (0.5, 1.0), (0.5, 60.0)])
+def test_several_groups_of_tokens(
+    own: slice, kept: float, size: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an fp32 main_grad allows. The group that has this rank's tokens comes first, and these before the others
+    unless rows that were kept need all."""
+    if device.type == "cuda":
+        pytest.skip("tiles are too large there for several groups of these tokens")
+    head, target_row = problem(device, torch.bfloat16, size=size)
+    budget = int(kept * T * V * 2)
+    stats, cache = select_kernels("triton", head.hidden).local_stats(head, target_row, None, Wanted(), budget, None)
+    assert (cache is not None) == (kept > 0)
+    backward = importlib.import_module("vocab_parallel_fused.kernels.backward")
+    visited: list[tuple[int, int]] = []
+    gathered = Gathered(head.hidden, own)
+
+    def logged(hidden: Tensor, tokens: slice, *others: Any) -> Iterator[tuple[slice, Tensor]]:
+        for part, part_hidden in in_order_of_arrival(hidden, tokens, *others):
+            visited.append((part.start, gathered.waits))
+            yield part, part_hidden
+
+    main_grad = torch.ones(V, H, device=device)
+    memory: Any = {"workspace_bytes": 2**12, "main_grad": main_grad}
+    expected = grads("triton", head, target_row, stats, cache, None, **memory)
+    monkeypatch.setattr(backward, "in_order_of_arrival", logged)
+    arrived = head._replace(hidden=gathered.buffer)
+    actual = grads("triton", arrived, target_row, stats, cache, gathered.arrival, **memory)
+    assert gathered.waits == 1
+    assert visited[0] == (own.start, int(cache is not None))
+    assert len({start for start, _ in visited}) > 2
+    assert actual[2] == expected[2] == [False]
+    for grad, value in zip(actual[:2], expected[:2], strict=True):
+        # Groups of another order are added up in another.
+        tolerance = 4 * torch.finfo(grad.dtype).eps * value.abs().max().item()
+        torch.testing.assert_close(grad, value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "hidden_size", "rows"), [(37, 40, 21), (16, 32, 16), (1, 1, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_of_rewritten_rows(
+    tokens: int, hidden_size: int, rows: int, transposed: bool, device: torch.device
+) -> None:
+    """With tails of every size, in matrices that are parts of others: what is not marked, or beside, stays as it is."""
+    kept = importlib.import_module("vocab_parallel_fused.kernels.kept")
+    exps = torch.randn(tokens, rows + 3, device=device)[:, :rows]
+    weight = (
+        torch.randn(hidden_size, rows, device=device).t() if transposed else torch.randn(rows, hidden_size).to(exps)
+    )
+    marked = torch.arange(tokens, device=device) % 3 == 0
+    reference = torch.where(marked, torch.inf, 0.0)
+    around = torch.full((tokens + 1, hidden_size + 5), 7.0, device=device)
+    expected = around.clone()
+    expected[:tokens, :hidden_size][marked] = (exps @ weight)[marked]
+    kept.rewrite_product(around[:tokens, :hidden_size], weight, ExpCache(exps, reference, reference))
+    torch.testing.assert_close(around, expected)
+
+
+class Late:
+    """In place of a gather: hidden states that are NaN until somebody waits, half of them of other ranks."""
+
+    def __init__(self) -> None:
+        self.gathered: list[Gathered] = []
+
+    def __call__(self, hidden: Tensor, _group: object) -> tuple[Tensor, Arrival]:
+        gathered = Gathered(hidden.detach(), slice(0, len(hidden) // 2))
+        self.gathered.append(gathered)
+        return gathered.buffer, gathered.arrival
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Late:
+    late = Late()
+    monkeypatch.setattr(autograd, "gather_hidden_beside", late)
+    monkeypatch.setattr(collectives, "gather_hidden_beside", late)
+    return late
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, impl: Impl) -> Tensor:
+    target = torch.arange(len(hidden), device=hidden.device)
+    return linear_cross_entropy(
+        hidden, weight, target, sequence_parallel=True, options=ComputeOptions(impl=impl), reduction="none"
+    )
+
+
+def distillation(hidden: Tensor, weight: Tensor, impl: Impl) -> Tensor:
+    teacher = (hidden.detach() + 1, weight.detach() * 0.9)
+    return linear_distillation(
+        hidden, weight, *teacher, sequence_parallel=True, options=ComputeOptions(impl=impl), reduction="none"
+    )
+
+
+def top_k(hidden: Tensor, weight: Tensor, impl: Impl) -> Tensor:
+    top = linear_top_k(hidden, weight, 3, sequence_parallel=True, options=ComputeOptions(impl=impl))
+    return top.log_prob.sum(dim=1)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, distillation, top_k])
+def test_everybody_waits(
+    loss: Callable[..., Tensor], impl: Impl, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Whoever asks for hidden states of all ranks, in the forward and in the backward."""
+    head, _ = problem(device, torch.float32)
+
+    def results() -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (head.hidden, head.weight)]
+        losses = loss(*leaves, impl)
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), leaves)]
+
+    expected = results()
+    late = request.getfixturevalue("late")
+    # On the CPU a product's sums may run in another order beside other rows.
+    torch.testing.assert_close(results(), expected, rtol=1e-5, atol=1e-4)
+    assert len(late.gathered) > 1
+    assert all(gathered.waits > 0 for gathered in late.gathered)
+
+
+@pytest.mark.parametrize("step", ["local_stats", "local_grads"])
+def test_an_error_waits(step: str, late: Late, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised frees the memory into which the hidden states are still being written."""
+    head, _ = problem(device, torch.float32)
+    eager = importlib.import_module("vocab_parallel_fused.kernels.eager")
+
+    def fail(*_: object) -> None:
+        raise MemoryError(step)
+
+    monkeypatch.setattr(eager, step, fail)
+    with pytest.raises(MemoryError, match=step):
+        cross_entropy(head.hidden.requires_grad_(), head.weight, "eager").sum().backward()
+    assert late.gathered[-1].waits == 1

@@ -250,6 +250,21 @@ def test_twice_on_transposed_tokens() -> None:
     run_on_ranks(twice_on_transposed_tokens, 3)
 
 
+def own_part_of_a_gather(group: ProcessGroup) -> None:
+    """Read before the others are here, by kernels that ask of the gathered states alone how they lie in memory."""
+    hidden = torch.randn(H, 4).add(group.rank()).t()
+    gathered, arrival = vpf_collectives.gather_hidden_beside(hidden, group)
+    assert arrival is not None
+    assert torch.equal(arrival.hidden, hidden)
+    assert arrival.hidden.stride() == gathered.stride()
+    arrival.wait()
+    assert torch.equal(gathered[arrival.own], hidden)
+
+
+def test_own_part_of_a_gather() -> None:
+    run_on_ranks(own_part_of_a_gather, 3)
+
+
 def count_collectives(group: ProcessGroup, sequence_parallel: bool, combine: Combine) -> tuple[list[str], list[str]]:
     calls: list[str] = []
 

@@ -60,7 +60,8 @@ def test_a_workspace_too_small_for_anything() -> None:
 
 
 def logged_sweep(monkeypatch: pytest.MonkeyPatch, V: int) -> list[str]:
-    """What happens, in order: products for dhidden and dweight, and the call that says dhidden is complete."""
+    """What happens, in order: products for dhidden and dweight, beside the message or not, and the call that says
+    dhidden is complete."""
     T, H = 40, 16
     hidden, weight = torch.randn(T, H), torch.randn(V, H)
     log = []
@@ -69,6 +70,10 @@ def logged_sweep(monkeypatch: pytest.MonkeyPatch, V: int) -> list[str]:
     def logged(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
         log.append("dhidden" if a.shape[0] == T else f"dweight of {a.shape[0]} rows")
         matmul(out, a, b, accumulate=accumulate)
+
+    def beside(out: Tensor, a: Tensor, b: Tensor) -> None:
+        log.append(f"dweight of {a.shape[0]} rows beside")
+        matmul(out, a, b)
 
     def write_ones(_tokens: slice, _rows: slice, out: Tensor) -> None:
         out.fill_(1.0)
@@ -85,6 +90,7 @@ def logged_sweep(monkeypatch: pytest.MonkeyPatch, V: int) -> list[str]:
         workspace_bytes=4 * T * 32,
         tile=(16, 32),
         largest=(T, V),
+        matmul_beside=beside,
     )
     torch.testing.assert_close(dhidden, weight.sum(0).expand(T, H))
     torch.testing.assert_close(dweight, hidden.sum(0).expand(V, H))
@@ -96,10 +102,8 @@ def test_dhidden_is_ready_before_the_last_product(V: int, monkeypatch: pytest.Mo
     """So that its reduction over the ranks has a product to hide behind, and not that of a tail of three rows."""
     log = logged_sweep(monkeypatch, V)
     assert log.count("ready") == 1
-    assert log[-3:] == ["dhidden", "ready", "dweight of 32 rows"]
-    assert log[:2] == ["dhidden", "dweight of 32 rows"], (
-        "the first block is what runs beside the gather of hidden states"
-    )
+    assert log[-3:] == ["dhidden", "ready", "dweight of 32 rows beside"]
+    assert log[:2] == ["dhidden", "dweight of 32 rows"], "the first block runs beside the gather of hidden states"
     assert log.count("dhidden") == 3 + (V % 8 > 0)
 
 
@@ -128,6 +132,7 @@ def test_groups_begin_with_any_token(first_token: int, order: list[int]) -> None
         workspace_bytes=4 * 16 * 32,
         tile=(16, 32),
         largest=(T, V),
+        matmul_beside=sweep.matmul_into,  # which overwrites
         first_token=first_token,
     )
     assert visited == order  # groups of 32
