@@ -352,15 +352,11 @@ def local_stats(
     num_kept = 0 if cache is None else cache.exps.shape[1]
     launch_tokens = hopper_tiles.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
     hidden, arrival = aligned_hidden(hidden, arrival)
-
-    def write_targets(tokens: slice, hidden: Tensor) -> None:
-        reference = None if cache is None else cache.reference[tokens]
-        of_targets = (target_row[tokens], stats.target_logit[tokens], stats.owners[tokens])
-        _target_logits(head._replace(hidden=hidden), *of_targets, reference, arch, tile)
-
-    arrivals = in_order_of_arrival(hidden, slice(0, T), arrival, block_t, -(-V // block_v), write_targets)
-    for arrived, arrived_hidden in arrivals:
+    for arrived, arrived_hidden in in_order_of_arrival(hidden, slice(0, T), arrival, block_t, -(-V // block_v)):
         arrived_head = head._replace(hidden=arrived_hidden)
+        arrived_reference = None if cache is None else cache.reference[arrived]
+        of_targets = (target_row[arrived], stats.target_logit[arrived], stats.owners[arrived])
+        _target_logits(arrived_head, *of_targets, arrived_reference, arch, tile)
         for tokens in slices(arrived.stop, launch_tokens, arrived.start):
             num_tokens = tokens.stop - tokens.start
             here = slice(tokens.start - arrived.start, tokens.stop - arrived.start)

@@ -1,7 +1,7 @@
 """What the Triton kernels share: where a tile is, how its logits are computed, and how its operands are passed."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -198,12 +198,7 @@ def whole_waves(total: int, most: int, width: int, processors: int) -> int:
 
 
 def in_order_of_arrival(
-    hidden: Tensor,
-    tokens: slice,
-    arrival: Arrival | None,
-    block_t: int,
-    tiles_v: int,
-    prepare: Callable[[slice, Tensor], None] = lambda *_: None,
+    hidden: Tensor, tokens: slice, arrival: Arrival | None, block_t: int, tiles_v: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Some tokens and their hidden states, this rank's first if launches of their own cost little. In the end all have
     arrived.
@@ -213,7 +208,6 @@ def in_order_of_arrival(
         tokens: some of them.
         arrival: None: all are here.
         block_t, tiles_v: tokens of a tile, and how many tiles a block of them has.
-        prepare: called with each before it is yielded; small kernels, which fill the last wave of those before.
     """
     if arrival is not None:
         own = slice(max(tokens.start, arrival.own.start), min(tokens.stop, arrival.own.stop))
@@ -225,17 +219,11 @@ def in_order_of_arrival(
             return -(-tiles // num_processors(hidden.device))
 
         if own.start < own.stop and _MOST_SPLIT * waves(tokens) >= sum(map(waves, (own, *others))):
-            own_hidden = aligned(arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start])
-            prepare(own, own_hidden)
-            yield own, own_hidden
-            with arrival.beside():
-                for part in others:
-                    prepare(part, hidden[part])
+            yield own, aligned(arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start])
             arrival.wait()
             yield from ((part, hidden[part]) for part in others)
             return
         arrival.wait()
-    prepare(tokens, hidden[tokens])
     yield tokens, hidden[tokens]
 
 

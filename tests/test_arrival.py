@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -37,14 +36,7 @@ class Gathered:
 
     def __init__(self, hidden: Tensor, own: slice) -> None:
         self.hidden, self.buffer, self.waits = hidden, torch.full_like(hidden, torch.nan), 0
-        self.arrival = Arrival(own, hidden[own].clone(), self.beside, self.wait)
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """On the CPU what is launched inside runs at once, so all must have arrived."""
-        self.buffer.copy_(self.hidden)
-        yield
-        self.buffer.fill_(torch.nan)
+        self.arrival = Arrival(own, hidden[own].clone(), self.wait)
 
     def wait(self) -> None:
         self.buffer.copy_(self.hidden)
@@ -95,11 +87,8 @@ def test_order_of_arrival() -> None:
 
     def order(own: slice, tokens: slice, block_t: int) -> list[str]:
         steps = []
-        arrival = Arrival(own, hidden[own], nullcontext, lambda: steps.append("wait"))
-        prepared = []
-        of_tiles = (block_t, 3, lambda tokens, hidden: prepared.append((tokens, hidden)))
-        for part, part_hidden in in_order_of_arrival(hidden, tokens, arrival, *of_tiles):
-            assert any(tokens == part and torch.equal(x, part_hidden) for tokens, x in prepared)
+        arrival = Arrival(own, hidden[own], lambda: steps.append("wait"))
+        for part, part_hidden in in_order_of_arrival(hidden, tokens, arrival, block_t, tiles_v=3):
             assert torch.equal(part_hidden, hidden[part])
             steps.append(f"{part.start}:{part.stop}")
         return steps
@@ -179,7 +168,7 @@ def test_own_tokens_are_aligned() -> None:
     own = slice(32, 64)
     misaligned = torch.randn(32 * H + 1)[1:].view(32, H)
     assert not tiles.is_aligned(misaligned)
-    arrival = Arrival(own, misaligned, nullcontext, lambda: None)
+    arrival = Arrival(own, misaligned, lambda: None)
     arrivals = in_order_of_arrival(torch.randn(T, H), slice(0, T), arrival, 16, 3)
     parts = {part.start: hidden for part, hidden in arrivals}
     assert parts.keys() == {32, 0, 64}

@@ -1,7 +1,6 @@
 """Hidden states gathered from all ranks, while those of the others are on their way."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,9 +15,5 @@ class Arrival(NamedTuple):
     hidden: Tensor
     """[T / R, H] their hidden states, which are here."""
 
-    beside: Callable[[], AbstractContextManager[object]]
-    """What is launched inside runs when all have arrived, beside what is launched outside, until that waits. It may
-    read nothing that was launched since the gather began."""
-
     wait: Callable[[], None]
-    """Lets the device wait until all have arrived, and for what runs beside. May be called again."""
+    """Lets the device wait until all have arrived. May be called again."""

@@ -156,9 +156,7 @@ def gather_hidden_beside(hidden: Tensor, group: ProcessGroup | None) -> tuple[Te
     gathered = hidden.new_empty(world_size * tokens, *hidden.shape[1:])
     with _beside(hidden.device) as join:
         _all_gather(gathered, hidden, group=group)
-    stream = _side_stream(hidden.device) if hidden.is_cuda else None
-    own = slice(rank * tokens, (rank + 1) * tokens)
-    return gathered, Arrival(own, hidden, lambda: torch.cuda.stream(stream), join)
+    return gathered, Arrival(slice(rank * tokens, (rank + 1) * tokens), hidden, join)
 
 
 def reduce_hidden_grad(
