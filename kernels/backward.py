@@ -21,8 +21,10 @@ from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
+from vocab_parallel_fused.kernels.hopper import new_counters
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
 from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows, scale_rows, scaled_matmul
+from vocab_parallel_fused.kernels.streams import Fork, in_order_of_arrival
 from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
@@ -30,7 +32,6 @@ from vocab_parallel_fused.kernels.tiles import (
     aligned,
     aligned_hidden,
     current_arch,
-    in_order_of_arrival,
     log2_from,
     logits_tile,
     num_processors,
@@ -230,11 +231,13 @@ class _LogitGrads:
 
     def write(self, tokens: slice, rows: slice, out: Tensor, arrival: Arrival | None) -> None:
         """Fill ``out`` ``[tokens, rows]``; all hidden states have then arrived."""
-        block_t, block_v = self.block
-        tiles_v = -(-(rows.stop - rows.start) // block_v)
-        for arrived, hidden in in_order_of_arrival(self.head.hidden, tokens, arrival, block_t, tiles_v):
+
+        def write_tiles(arrived: slice, hidden: Tensor) -> None:
             here = slice(arrived.start - tokens.start, arrived.stop - tokens.start)
             self._write_tiles(self.head._replace(hidden=hidden), arrived, rows, out[here])
+
+        with Fork(out.device) as fork:
+            in_order_of_arrival(write_tiles, fork, self.head.hidden, tokens, arrival, self.block[0])
         self.write_targets(tokens, rows.start, out)
 
     def _write_tiles(self, head: Operands, tokens: slice, rows: slice, out: Tensor) -> None:
@@ -245,7 +248,7 @@ class _LogitGrads:
             block = block._replace(weight=aligned(block.weight))
             out_part = out[:, part.start - rows.start : part.stop - rows.start]
             if hopper_tiles.takes(block.hidden, self.arch) and grad_logit_sum is None:
-                hopper_tiles.launch_tiles(block, out_part, **of_tokens)
+                hopper_tiles.launch_tiles(block, out_part, new_counters(out.device), **of_tokens)
             else:
                 tiles_t = triton.cdiv(out_part.shape[0], self.tile.block_t)
                 dlogits_kernel[(tiles_t * triton.cdiv(out_part.shape[1], self.tile.block_v),)](

@@ -16,6 +16,8 @@ that nobody wants.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.exp_cache import ExpCache, allocate_cache
 from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
+from vocab_parallel_fused.kernels.hopper import new_counters
+from vocab_parallel_fused.kernels.streams import MOST_PARTS, Fork, in_order_of_arrival
 from vocab_parallel_fused.kernels.sweep import slices
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
@@ -35,7 +39,6 @@ from vocab_parallel_fused.kernels.tiles import (
     aligned,
     aligned_hidden,
     current_arch,
-    in_order_of_arrival,
     log2_from,
     logits_tile,
     num_processors,
@@ -81,6 +84,7 @@ def partial_stats_kernel(
     stride_weight_v,
     stride_weight_h,
     stride_exps_t,
+    stride_partial,  # at least T: other launches may have their tokens beside these
     inner,
     outer,
     BLOCK_T: tl.constexpr,
@@ -121,7 +125,7 @@ def partial_stats_kernel(
         PRECISION,
     )
     offs_v = off_v + tl.arange(0, BLOCK_V)
-    out = pid_v.to(tl.int64) * T + offs_t
+    out = pid_v.to(tl.int64) * stride_partial + offs_t
 
     if off_v + BLOCK_V > V:
         z = tl.where((offs_v < V)[None, :], z, -float("inf"))
@@ -309,6 +313,138 @@ def target_logit_kernel(
         tl.store(reference_ptr + rows_t, reference, mask=first_target)
 
 
+@dataclass(frozen=True, slots=True)
+class _Statistics:
+    """What the statistics are computed from, where they go, and the launches that write them for a block."""
+
+    head: Operands  # hidden aligned
+    target_row: Tensor
+    class_weight: Tensor | None
+    stats: PartStats
+    cache: ExpCache | None
+    arch: str
+    tile: TileConfig
+    on_hopper: bool
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Tokens and rows of a tile."""
+        return (
+            (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if self.on_hopper else (self.tile.block_t, self.tile.block_v)
+        )
+
+    @property
+    def reduced(self) -> dict[str, Tensor | None]:
+        """The statistics ``[T]`` that tiles leave partials of, by the kernels' names."""
+        stats = self.stats
+        return {
+            "max": stats.max_logit,
+            "sum_exp": stats.sum_exp,
+            "class_sum": stats.class_sum,
+            "logit_sum": stats.logit_sum,
+            "sum_exp_logit": stats.sum_exp_logit,
+            "argmax": stats.argmax,
+        }
+
+    @property
+    def num_kept(self) -> int:
+        return 0 if self.cache is None else self.cache.exps.shape[1]
+
+    def launches(self, first_token: int) -> Iterator[tuple[slice, slice, int]]:
+        """The tokens and rows of each launch of tiles, and how many tiles of the same tokens leave one partial. Tokens
+        that are launched with ``first_token`` come first."""
+        hidden, weight, *_ = self.head
+        T, V = hidden.shape[0], weight.shape[0]
+        block_t, block_v = self.block
+        num_wanted = sum(field is not None for field in self.reduced.values())
+        most_tokens = hopper_tiles.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if self.on_hopper else T
+        groups = [*slices(T, most_tokens)]
+        first = first_token // most_tokens
+        for tokens in groups[first:] + groups[:first]:
+            num_tokens = tokens.stop - tokens.start
+            most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
+            tiles_t = -(-num_tokens // block_t)
+            for part in (slice(0, self.num_kept), slice(self.num_kept, V)):
+                tiles_v = -(-(part.stop - part.start) // block_v)
+                if tiles_v == 0:
+                    continue
+                # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
+                strip, most = (-(-tiles_v // most_partials), tiles_v) if self.on_hopper else (1, most_partials)
+                most = min(most, -(-rows_per_copy(weight) // block_v))
+                chunk = whole_waves(tiles_v, most, tiles_t, num_processors(hidden.device))
+                for rows in slices(part.stop, chunk * block_v, part.start):
+                    yield tokens, rows, strip
+
+    def write(self, tokens: slice, rows: slice, strip: int, arrival: Arrival | None, *, is_last: bool) -> None:
+        """Merge the block's statistics into those of the tokens' earlier rows, and write what else there is to write
+        with it. All hidden states have then arrived."""
+        hidden = self.head.hidden
+        of_tokens = {name: None if field is None else field[tokens] for name, field in self.reduced.items()}
+        num_tokens, num_partials = tokens.stop - tokens.start, -(-(rows.stop - rows.start) // (strip * self.block[1]))
+        partials = _empty_partials(of_tokens, num_partials)
+        block = self.head.block(slice(None), rows)
+        block = block._replace(weight=aligned(block.weight))
+        counters = iter(new_counters(hidden.device, MOST_PARTS)) if self.on_hopper else None
+
+        def launch(part: slice, part_hidden: Tensor) -> None:
+            if self.cache is not None and rows.start == 0:
+                self.write_targets(part, part_hidden)
+            here = slice(part.start - tokens.start, part.stop - tokens.start)
+            part_partials = {name: None if partial is None else partial[:, here] for name, partial in partials.items()}
+            self._launch_tiles(block._replace(hidden=part_hidden), part, rows, strip, part_partials, counters)
+
+        with Fork(hidden.device) as fork:
+            in_order_of_arrival(launch, fork, hidden, tokens, arrival, self.block[0])
+            if self.cache is None and is_last:
+                # They wait for memory, where tiles wait for multiplications: the last tiles leave them room.
+                with fork.aside():
+                    if arrival is not None:
+                        arrival.wait()
+                    self.write_targets(slice(0, hidden.shape[0]), hidden)
+        merge_partials_kernel[(triton.cdiv(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
+            **partials,
+            **{f"{name}_ptr": field for name, field in of_tokens.items()},
+            num_partials=num_partials,
+            T=num_tokens,
+            **{"FIRST": rows.start == 0, **_MERGE_LAUNCH},
+        )
+
+    def _launch_tiles(
+        self,
+        block: Operands,
+        tokens: slice,
+        rows: slice,
+        strip: int,
+        partials: dict[str, Tensor | None],
+        counters: Iterator[Tensor] | None,
+    ) -> None:
+        exps = reference = None
+        if self.cache is not None and rows.start < self.num_kept:
+            exps, reference = self.cache.exps[tokens, rows], self.cache.reference[tokens]
+        of_tiles = {"reference_ptr": reference, **partials}
+        stride_partial = next(partial.stride(0) for partial in partials.values() if partial is not None)
+        if counters is not None:
+            hopper_tiles.launch_tiles(block, exps, next(counters), strip, stride_partial, **of_tiles)
+        else:
+            num_tokens, num_rows = block.hidden.shape[0], block.weight.shape[0]
+            tiles = triton.cdiv(num_tokens, self.tile.block_t) * triton.cdiv(num_rows, self.tile.block_v)
+            partial_stats_kernel[(tiles,)](
+                class_weight_ptr=None if self.class_weight is None else self.class_weight[rows],
+                exps_ptr=exps,
+                stride_exps_t=0 if exps is None else exps.stride(0),
+                stride_partial=stride_partial,
+                first_row=rows.start,
+                **of_tiles,
+                **operand_kwargs(block, self.arch, self.tile),
+            )
+
+    def write_targets(self, tokens: slice, hidden: Tensor) -> None:
+        """Write ``target_logit`` and ``owners``, and the cache's reference."""
+        of_targets = (self.target_row[tokens], self.stats.target_logit[tokens], self.stats.owners[tokens])
+        reference = None if self.cache is None else self.cache.reference[tokens]
+        _target_logits(self.head._replace(hidden=hidden), *of_targets, reference, self.arch, self.tile)
+
+
 def local_stats(
     head: Operands,
     target_row: Tensor,
@@ -335,69 +471,19 @@ def local_stats(
         sum_exp_logit=next(numbers) if wanted.expected_logit else None,
         argmax=hidden.new_empty(T, dtype=torch.int64) if wanted.argmax else None,
     )
-    # The terms that these two add to the gradient are no multiples of a kept exponential.
-    keeps = not (wanted.logit_sum or wanted.expected_logit)
     on_hopper = hopper_tiles.takes(hidden, arch) and not (wanted.logit_sum or wanted.argmax)
-    block_t, block_v = (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
-    cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, block_v) if keeps else None
-    reduced = {
-        "max": stats.max_logit,
-        "sum_exp": stats.sum_exp,
-        "class_sum": stats.class_sum,
-        "logit_sum": stats.logit_sum,
-        "sum_exp_logit": stats.sum_exp_logit,
-        "argmax": stats.argmax,
-    }
-    num_wanted = sum(field is not None for field in reduced.values())
-    num_kept = 0 if cache is None else cache.exps.shape[1]
-    launch_tokens = hopper_tiles.tokens_per_launch(V, 4 * num_wanted, _PARTIAL_BYTES) if on_hopper else T
+    cache = None
+    # The terms that these two add to the gradient are no multiples of a kept exponential.
+    if not (wanted.logit_sum or wanted.expected_logit):
+        block_v = hopper_tiles.BLOCK_V if on_hopper else tile.block_v
+        cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, block_v)
     hidden, arrival = aligned_hidden(hidden, arrival)
-    for arrived, arrived_hidden in in_order_of_arrival(hidden, slice(0, T), arrival, block_t, -(-V // block_v)):
-        arrived_head = head._replace(hidden=arrived_hidden)
-        arrived_reference = None if cache is None else cache.reference[arrived]
-        of_targets = (target_row[arrived], stats.target_logit[arrived], stats.owners[arrived])
-        _target_logits(arrived_head, *of_targets, arrived_reference, arch, tile)
-        for tokens in slices(arrived.stop, launch_tokens, arrived.start):
-            num_tokens = tokens.stop - tokens.start
-            here = slice(tokens.start - arrived.start, tokens.stop - arrived.start)
-            most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
-            tiles_t = -(-num_tokens // block_t)
-            of_tokens = {name: None if field is None else field[tokens] for name, field in reduced.items()}
-            for part in (slice(0, num_kept), slice(num_kept, V)):
-                tiles_v = -(-(part.stop - part.start) // block_v)
-                if tiles_v == 0:
-                    continue
-                # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
-                strip, most = (-(-tiles_v // most_partials), tiles_v) if on_hopper else (1, most_partials)
-                most = min(most, max(1, rows_per_copy(weight) // block_v))
-                chunk = whole_waves(tiles_v, most, tiles_t, num_processors(hidden.device))
-                for rows in slices(part.stop, chunk * block_v, part.start):
-                    num_partials = -(-(rows.stop - rows.start) // (strip * block_v))
-                    partials = _empty_partials(of_tokens, num_partials)
-                    block = arrived_head.block(here, rows)
-                    block = block._replace(weight=aligned(block.weight))
-                    exps = reference = None
-                    if cache is not None and rows.start < num_kept:
-                        exps, reference = cache.exps[tokens, rows], cache.reference[tokens]
-                    if on_hopper:
-                        hopper_tiles.launch_tiles(block, exps, strip=strip, reference_ptr=reference, **partials)
-                    else:
-                        partial_stats_kernel[(tiles_t * num_partials,)](
-                            class_weight_ptr=None if class_weight is None else class_weight[rows],
-                            reference_ptr=reference,
-                            exps_ptr=exps,
-                            stride_exps_t=0 if exps is None else exps.stride(0),
-                            first_row=rows.start,
-                            **partials,
-                            **operand_kwargs(block, arch, tile),
-                        )
-                    merge_partials_kernel[(triton.cdiv(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
-                        **partials,
-                        **{f"{name}_ptr": field for name, field in of_tokens.items()},
-                        num_partials=num_partials,
-                        T=num_tokens,
-                        **{"FIRST": rows.start == 0, **_MERGE_LAUNCH},
-                    )
+    head = head._replace(hidden=hidden)
+    statistics = _Statistics(head, target_row, class_weight, stats, cache, arch, tile, on_hopper)
+    launches = [*statistics.launches(0 if arrival is None else arrival.own.start)]
+    for tokens, rows, strip in launches:
+        statistics.write(tokens, rows, strip, arrival, is_last=rows is launches[-1][1])
+        arrival = None
     return stats, cache
 
 

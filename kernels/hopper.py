@@ -227,6 +227,6 @@ def programs(M: int, N: int, device: torch.device, *, strip: int = 1) -> tuple[i
     return (min(-(-M // BLOCK_M) * -(-N // (strip * BLOCK_N)), num_processors(device)),)
 
 
-def new_counter(device: torch.device) -> Tensor:
-    """From which the programs of one launch draw their tiles."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def new_counters(device: torch.device, launches: int = 1) -> Tensor:
+    """From each of which the programs of one launch draw their tiles."""
+    return torch.zeros(launches, dtype=torch.int32, device=device)

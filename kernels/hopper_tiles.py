@@ -25,7 +25,6 @@ from vocab_parallel_fused.kernels.hopper import (
     allocate,
     allocate_stores,
     load_tiles,
-    new_counter,
     next_number,
     operand_descriptors,
     product,
@@ -68,7 +67,7 @@ def _merge(maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp
 @gluon.jit
 def _reduce_tiles(
     bias_ptr, out, out_smem, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr, reference_ptr, max_ptr,
-    level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V, H, strip, inner, outer,
+    level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V, H, strip, stride_partial, inner, outer,
     HALF: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, TRANSFORM: gl.constexpr,
 ):  # fmt: skip
     """The walk of the group that has this half of each tile's tokens."""
@@ -135,7 +134,7 @@ def _reduce_tiles(
                 values = times_derivative(exps, z, inner, outer, TRANSFORM)
                 store_columns(out, values, out_smem, off_t, off_v, layout, TILE_N)
 
-        offs = pid_strip.to(gl.int64) * T + offs_t
+        offs = pid_strip.to(gl.int64) * stride_partial + offs_t
         if partial_max_ptr is not None:
             gl.store(partial_max_ptr + offs, maximum, mask=mask_t)
             gl.store(partial_sum_exp_ptr + offs, sum_exp, mask=mask_t)
@@ -146,7 +145,7 @@ def _reduce_tiles(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "V", "H", "strip"])
+@gluon.jit(do_not_specialize=["T", "V", "H", "strip", "stride_partial"])
 def tiles_kernel(
     hidden,  # [T, H] descriptor
     weight,  # [V, H] descriptor
@@ -164,6 +163,7 @@ def tiles_kernel(
     V,
     H,
     strip,  # tiles of the same tokens that leave one partial
+    stride_partial,  # at least T: other launches may have their tokens beside these
     inner,
     outer,
     BLOCK_K: gl.constexpr,
@@ -183,7 +183,7 @@ def tiles_kernel(
                 (
                     bias_ptr, out, out_smem_0, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr,
                     reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V,
-                    H, strip, inner, outer, 0, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
+                    H, strip, stride_partial, inner, outer, 0, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
                 ),
             ),
             (
@@ -191,7 +191,7 @@ def tiles_kernel(
                 (
                     bias_ptr, out, out_smem_1, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr,
                     reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V,
-                    H, strip, inner, outer, 1, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
+                    H, strip, stride_partial, inner, outer, 1, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
                 ),
             ),
             (
@@ -226,13 +226,22 @@ def tokens_per_launch(num_rows: int, bytes_per_token: int, partial_bytes: int) -
     return max(1, partial_bytes // (bytes_per_token * partials * group)) * group
 
 
-def launch_tiles(head: Operands, out: Tensor | None, *, strip: int = 1, **pointers: Tensor | None) -> None:
+def launch_tiles(
+    head: Operands,
+    out: Tensor | None,
+    counter: Tensor,
+    strip: int = 1,
+    stride_partial: int = 0,
+    **pointers: Tensor | None,
+) -> None:
     """Launch the kernel on one block of rows.
 
     Args:
         head: its tokens and rows.
         out: ``[T, V]`` in the inputs' dtype, or None. Up to 7 elements past the end of each row are overwritten.
+        counter: one of :func:`new_counters`.
         strip: how many tiles of the same tokens leave one partial.
+        stride_partial: from one partial of a token to its next.
         **pointers: of the kernel's arguments; None is not wanted, and as good as left out.
     """
     hidden, weight, bias, transform = head
@@ -248,7 +257,8 @@ def launch_tiles(head: Operands, out: Tensor | None, *, strip: int = 1, **pointe
         V=V,
         H=min(hidden.shape[1], weight.shape[1]),
         strip=strip,
-        **(every | wanted | {"bias_ptr": bias, "counter_ptr": new_counter(hidden.device)}),
+        stride_partial=stride_partial,
+        **(every | wanted | {"bias_ptr": bias, "counter_ptr": counter}),
         **transform_kwargs(transform),
         **LAUNCH,
     )

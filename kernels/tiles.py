@@ -1,7 +1,6 @@
 """What the Triton kernels share: where a tile is, how its logits are computed, and how its operands are passed."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ INTERPRETED: bool = knobs.runtime.interpret
 # Rows are copied so many bytes at a time, in whole tiles; the copies' columns are a multiple of the third number.
 _COPY_BYTES = 32 * 2**20
 _COPY_ROWS, _COPY_COLUMNS = 256, 64
-# Beyond so many times the waves, tokens are better waited for than taken as they arrive.
-_MOST_SPLIT = 1.125
 # Kernels may read globals that are constexpr.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -195,36 +192,6 @@ def whole_waves(total: int, most: int, width: int, processors: int) -> int:
         return total // chunk * -(-chunk * width // processors) - (-(total % chunk) * width // processors)
 
     return min(range(most, most // 2, -1), key=waves)
-
-
-def in_order_of_arrival(
-    hidden: Tensor, tokens: slice, arrival: Arrival | None, block_t: int, tiles_v: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some tokens and their hidden states, this rank's first if launches of their own cost little. In the end all have
-    arrived.
-
-    Args:
-        hidden: ``[T, H]`` of all tokens.
-        tokens: some of them.
-        arrival: None: all are here.
-        block_t, tiles_v: tokens of a tile, and how many tiles a block of them has.
-    """
-    if arrival is not None:
-        own = slice(max(tokens.start, arrival.own.start), min(tokens.stop, arrival.own.stop))
-        others = (slice(tokens.start, min(tokens.stop, own.start)), slice(max(tokens.start, own.stop), tokens.stop))
-        others = [part for part in others if part.start < part.stop]
-
-        def waves(part: slice) -> int:
-            tiles = -(-(part.stop - part.start) // block_t) * tiles_v
-            return -(-tiles // num_processors(hidden.device))
-
-        if own.start < own.stop and _MOST_SPLIT * waves(tokens) >= sum(map(waves, (own, *others))):
-            yield own, aligned(arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start])
-            arrival.wait()
-            yield from ((part, hidden[part]) for part in others)
-            return
-        arrival.wait()
-    yield tokens, hidden[tokens]
 
 
 def is_aligned(matrix: Tensor) -> bool:

@@ -105,6 +105,7 @@ def launches(problem: Problem, tile: TileConfig) -> tuple[Launch, Launch]:
             partial_sum_exp_ptr=problem.partial_sum_exp,
             first_row=0,
             stride_exps_t=0,
+            stride_partial=problem.partial_max.stride(0),
         ),
         launch(
             dlogits_kernel,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,4 +17,7 @@ class Arrival(NamedTuple):
     """[T / R, H] their hidden states, which are here."""
 
     wait: Callable[[], None]
-    """Lets the device wait until all have arrived. May be called again."""
+    """Lets the current stream wait until all have arrived. May be called again."""
+
+    stream: torch.cuda.Stream | None = None
+    """On which those of the others arrive; None: the current one."""

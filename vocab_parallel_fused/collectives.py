@@ -154,9 +154,9 @@ def gather_hidden_beside(hidden: Tensor, group: ProcessGroup | None) -> tuple[Te
         return hidden, None
     tokens, hidden = hidden.shape[0], hidden.contiguous()
     gathered = hidden.new_empty(world_size * tokens, *hidden.shape[1:])
-    with _beside(hidden.device) as join:
+    with _beside(hidden.device) as (join, side):
         _all_gather(gathered, hidden, group=group)
-    return gathered, Arrival(slice(rank * tokens, (rank + 1) * tokens), hidden, join)
+    return gathered, Arrival(slice(rank * tokens, (rank + 1) * tokens), hidden, join, side)
 
 
 def reduce_hidden_grad(
@@ -178,7 +178,7 @@ def reduce_hidden_grad(
     if sequence_parallel:
         tokens, *rest = dhidden_partial.shape
         dhidden = dhidden_partial.new_empty(tokens // world_size, *rest)
-    with _beside(dhidden.device) as join:
+    with _beside(dhidden.device) as (join, _):
         if sequence_parallel:
             _reduce_scatter(dhidden, dhidden_partial, group=group)
         else:
@@ -192,16 +192,22 @@ def reduce_hidden_grad(
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Let the messages inside run at a time with what is launched next, until what is given makes the device wait."""
+def _beside(device: torch.device) -> Iterator[tuple[Callable[[], None], torch.cuda.Stream | None]]:
+    """Let the messages inside run at a time with what is launched next.
+
+    Yields:
+        What makes the stream that is then current wait for them, and the stream on which they run; None: the current
+            one.
+    """
     if device.type != "cuda":
-        yield lambda: None
+        yield lambda: None, None
         return
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
-    begun = side.record_event()
+    begun, ended = side.record_event(), torch.cuda.Event()
     with torch.cuda.stream(side):
-        yield lambda: current.wait_stream(side)
+        yield lambda: ended.wait(torch.cuda.current_stream(device)), side
+        ended.record()
     # A product that comes first takes all processors, and leaves none for a message before it ends.
     current.wait_event(begun)
 
