@@ -9,6 +9,7 @@ rounding. ``sweep.py`` walks the blocks. ``T`` tokens, ``V`` rows of the block, 
 token. A pointer that is None is a term that is zero.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,7 +309,8 @@ class _LogitGrads:
             rewrite()
         else:
             self.write_targets(slice(None), 0, values, scale)
-        return KeptDlogits(values, scale, scale_rows, scaled_matmul, complete)
+        matmul = functools.partial(scaled_matmul, beside=arrival is not None)
+        return KeptDlogits(values, scale, scale_rows, matmul, complete)
 
 
 def local_grads(

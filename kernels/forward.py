@@ -17,6 +17,7 @@ that nobody wants.
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ from vocab_parallel_fused.transform import Operands
 _PARTIAL_BYTES = 6 * 2**20 + 2**19
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
 _TARGET_BLOCK_T = 64
+_LEAST_ASIDE = 512  # tokens
 _MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_P": 16}
 
 
@@ -391,13 +393,15 @@ class _Statistics:
                 self.write_targets(part, part_hidden)
             here = slice(part.start - tokens.start, part.stop - tokens.start)
             part_partials = {name: None if partial is None else partial[:, here] for name, partial in partials.items()}
-            self._launch_tiles(block._replace(hidden=part_hidden), part, rows, strip, part_partials, counters)
+            into: dict[str, Any] = {"stride_partial": num_tokens, **part_partials}
+            self._launch_tiles(block._replace(hidden=part_hidden), part, rows, strip, into, counters)
 
         with Fork(hidden.device) as fork:
             in_order_of_arrival(launch, fork, hidden, tokens, arrival, self.block[0])
             if self.cache is None and is_last:
-                # They wait for memory, where tiles wait for multiplications: the last tiles leave them room.
-                with fork.aside():
+                # They wait for memory, where tiles wait for multiplications: the last tiles leave them room. Of few
+                # tokens they take no longer than a fork.
+                with fork.aside() if hidden.shape[0] >= _LEAST_ASIDE else nullcontext():
                     if arrival is not None:
                         arrival.wait()
                     self.write_targets(slice(0, hidden.shape[0]), hidden)
@@ -415,16 +419,14 @@ class _Statistics:
         tokens: slice,
         rows: slice,
         strip: int,
-        partials: dict[str, Tensor | None],
+        into: dict[str, Any],
         counters: Iterator[Tensor] | None,
     ) -> None:
         exps = reference = None
         if self.cache is not None and rows.start < self.num_kept:
             exps, reference = self.cache.exps[tokens, rows], self.cache.reference[tokens]
-        of_tiles = {"reference_ptr": reference, **partials}
-        stride_partial = next(partial.stride(0) for partial in partials.values() if partial is not None)
         if counters is not None:
-            hopper_tiles.launch_tiles(block, exps, next(counters), strip, stride_partial, **of_tiles)
+            hopper_tiles.launch_tiles(block, exps, next(counters), strip, reference_ptr=reference, **into)
         else:
             num_tokens, num_rows = block.hidden.shape[0], block.weight.shape[0]
             tiles = triton.cdiv(num_tokens, self.tile.block_t) * triton.cdiv(num_rows, self.tile.block_v)
@@ -432,9 +434,9 @@ class _Statistics:
                 class_weight_ptr=None if self.class_weight is None else self.class_weight[rows],
                 exps_ptr=exps,
                 stride_exps_t=0 if exps is None else exps.stride(0),
-                stride_partial=stride_partial,
+                reference_ptr=reference,
                 first_row=rows.start,
-                **of_tiles,
+                **into,
                 **operand_kwargs(block, self.arch, self.tile),
             )
 

@@ -2,7 +2,7 @@
 
 A kernel of Triton's has one program per tile, and an SM has room for one program: while it takes exponentials, stores,
 or waits for its first loads, the matrix units stand still. Here one program stays on each SM and walks over tiles
-``[BLOCK_M, BLOCK_N]`` of a product ``x @ w``. One warp loads, ahead into the next tile; two groups of four warps take
+``[BLOCK_M, WIDTH]`` of a product ``x @ w``. One warp loads, ahead into the next tile; two groups of four warps take
 half of each tile's rows each, and while one of them is busy with what becomes of its half the other may still multiply.
 Written in Gluon, the language beneath Triton, for fp16 and bf16. ``hopper_tiles.py`` makes statistics and gradients of
 logits of it, ``hopper_matmul.py`` a matrix.
@@ -91,7 +91,8 @@ def load_tiles(
 ):  # fmt: skip
     """The loader's walk. What lies past the ends arrives as zeros."""
     scalar: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    num_m, num_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
+    WIDTH: gl.constexpr = w.block_type.shape[1 if W_TRANSPOSED else 0]
+    num_m, num_n = gl.cdiv(M, TILE_M), gl.cdiv(N, WIDTH)
     num_strips = gl.cdiv(num_n, strip)
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
     number = gl.program_id(0)
@@ -103,11 +104,11 @@ def load_tiles(
             for off_k in range(0, K, BLOCK_K):
                 arrived = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(arrived, (TILE_M + TILE_N) * BLOCK_K * 2)
+                mbarrier.expect(arrived, (TILE_M + WIDTH) * BLOCK_K * 2)
                 for half in gl.static_range(2):
                     off_m = pid_m * TILE_M + half * HALF_M
                     _load_block(x, off_m, off_k, arrived, x_smem.index(2 * stage + half), X_TRANSPOSED)
-                _load_block(w, pid_n * TILE_N, off_k, arrived, w_smem.index(stage), W_TRANSPOSED)
+                _load_block(w, pid_n * WIDTH, off_k, arrived, w_smem.index(stage), W_TRANSPOSED)
                 stage, phase = _next_stage(stage, phase, STAGES)
         number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
     mbarrier.wait(empty.index(stage), phase)
@@ -136,9 +137,10 @@ def product(
     x_smem, w_smem, full, empty, stage, phase, K, HALF: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     X_TRANSPOSED: gl.constexpr, W_TRANSPOSED: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """x @ w [HALF_M, TILE_N] in fp32, and the next stage. A stage is let go once the product after it has begun."""
+    """x @ w [HALF_M, WIDTH] in fp32, and the next stage. A stage is let go once the product after it has begun."""
+    WIDTH: gl.constexpr = w_smem.shape[2 if W_TRANSPOSED else 1]
     mbarrier.wait(full.index(stage), phase)
-    z = gl.zeros([HALF_M, TILE_N], gl.float32, layout)
+    z = gl.zeros([HALF_M, WIDTH], gl.float32, layout)
     x, w = _operands(x_smem, w_smem, stage, HALF, X_TRANSPOSED, W_TRANSPOSED)
     z = warpgroup_mma(x, w, z, is_async=True)
     z = warpgroup_mma_wait(1, deps=[z])
@@ -159,7 +161,7 @@ def product(
 
 @gluon.jit
 def _operands(x_smem, w_smem, stage, HALF: gl.constexpr, X_TRANSPOSED: gl.constexpr, W_TRANSPOSED: gl.constexpr):
-    """x [HALF_M, BLOCK_K] and w [BLOCK_K, TILE_N] of a stage."""
+    """x [HALF_M, BLOCK_K] and w [BLOCK_K, WIDTH] of a stage."""
     x, w = x_smem.index(2 * stage + HALF), w_smem.index(stage)
     if X_TRANSPOSED:
         x = x.permute([1, 0])
@@ -187,10 +189,10 @@ def store_columns(out, values, out_smem, off_m, off_n, layout: gl.constexpr, COL
 
 
 def operand_descriptors(
-    x: Tensor, w: Tensor, *, x_transposed: bool = False, w_transposed: bool = False
+    x: Tensor, w: Tensor, *, x_transposed: bool = False, w_transposed: bool = False, width: int = BLOCK_N
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Of matrices as they lie in memory."""
-    return _operand_descriptor(x, BLOCK_M // 2, x_transposed), _operand_descriptor(w, BLOCK_N, w_transposed)
+    """Of matrices as they lie in memory, for tiles ``[BLOCK_M, width]``."""
+    return _operand_descriptor(x, BLOCK_M // 2, x_transposed), _operand_descriptor(w, width, w_transposed)
 
 
 def _operand_descriptor(matrix: Tensor, rows: int, transposed: bool) -> TensorDescriptor:
@@ -222,9 +224,9 @@ def swizzled(swizzle_bytes: int, bits: int) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
 
 
-def programs(M: int, N: int, device: torch.device, *, strip: int = 1) -> tuple[int]:
-    """The grid of a launch."""
-    return (min(-(-M // BLOCK_M) * -(-N // (strip * BLOCK_N)), num_processors(device)),)
+def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N) -> tuple[int]:
+    """The grid of a launch whose numbers each stand for ``[BLOCK_M, width]``."""
+    return (min(-(-M // BLOCK_M) * -(-N // width), num_processors(device)),)
 
 
 def new_counters(device: torch.device, launches: int = 1) -> Tensor:

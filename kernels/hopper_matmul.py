@@ -20,7 +20,6 @@ from vocab_parallel_fused.kernels.hopper import (
     LAUNCH,
     REGISTERS,
     TILE_M,
-    TILE_N,
     WARPS,
     allocate,
     allocate_stores,
@@ -33,11 +32,13 @@ from vocab_parallel_fused.kernels.hopper import (
     store_columns,
     store_descriptor,
 )
+from vocab_parallel_fused.kernels.streams import Fork
 from vocab_parallel_fused.kernels.sweep import matmul_into
 from vocab_parallel_fused.kernels.tiles import current_arch, num_processors, tile_position
 
 # Where the last wave leaves so many processors idle, cuBLAS has a tile that fits better.
 _LEAST_FILLED = 0.9
+_NARROW = BLOCK_N // 2
 
 
 @gluon.jit
@@ -47,8 +48,9 @@ def _store_tiles(
     W_TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """The walk of the group that has this half of each tile's rows."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
-    num_m, num_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
+    WIDTH: gl.constexpr = w_smem.shape[2 if W_TRANSPOSED else 1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    num_m, num_n = gl.cdiv(M, TILE_M), gl.cdiv(N, WIDTH)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     number = next_number(numbers, full, stage, phase)
     while number >= 0:
@@ -62,7 +64,7 @@ def _store_tiles(
         )
         if scale_ptr is not None:
             z *= scale[:, None]
-        store_columns(out, z, out_smem, off_m, pid_n * TILE_N, layout, TILE_N)
+        store_columns(out, z, out_smem, off_m, pid_n * WIDTH, layout, WIDTH)
         number = next_number(numbers, full, stage, phase)
     tma.store_wait(0)
 
@@ -114,35 +116,55 @@ def matmul_kernel(
     )  # fmt: skip
 
 
-def takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
+def takes(out: Tensor, a: Tensor, b: Tensor, *, beside: bool = False) -> bool:
     """Whether this kernel computes ``out = a @ b``: on Hopper, of 16 bits, aligned, and with nearly whole waves."""
     if current_arch() != "sm_90" or a.dtype != b.dtype or a.dtype.itemsize != 2:
         return False
     if out.dtype not in (a.dtype, torch.float32) or not all(map(is_describable, (out, _stored(a), _stored(b)))):
         return False
     (M, N), processors = out.shape, num_processors(out.device)
-    waves = -(-(-(-M // BLOCK_M) * -(-N // BLOCK_N)) // processors)
+    parts = BLOCK_N // _NARROW if beside else 1
+    waves = -(-(-(-M // BLOCK_M) * -(-N // BLOCK_N)) * parts // processors) / parts
     filled = M * N / (waves * processors * BLOCK_M * BLOCK_N) if waves else 0.0
     # The copy engine stores whole groups of 8 columns.
     return a.shape[1] > 0 and N % 8 == 0 and filled >= _LEAST_FILLED
 
 
-def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None) -> None:
+def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None, *, beside: bool = False) -> None:
     """``out = row_scale[:, None] · (a @ b)``, rounded once.
 
     Args:
         out: ``[M, N]`` in the operands' dtype or fp32.
         a, b: ``[M, K]`` and ``[K, N]``, either a transpose or not.
         row_scale: ``[M]`` fp32; None: 1.
+        beside: a message shares the device.
     """
+    M, N = out.shape
+    counters = new_counters(out.device, 2)
+    if not beside:
+        _launch(out, a, b, row_scale, counters[0], BLOCK_N)
+        return
+    # A message leaves a last wave that is not full. What is about one wave goes in narrow tiles, which spread over it.
+    blocks = -(-M // BLOCK_M)
+    wide = (blocks - min(-(-num_processors(out.device) // -(-N // BLOCK_N)), blocks // 2)) * BLOCK_M
+    with Fork(out.device) as fork:
+        _launch(out[:wide], a[:wide], b, None if row_scale is None else row_scale[:wide], counters[0], BLOCK_N)
+        if wide < M:
+            with fork.aside():
+                _launch(out[wide:], a[wide:], b, None if row_scale is None else row_scale[wide:], counters[1], _NARROW)
+
+
+def _launch(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None, counter: Tensor, width: int) -> None:
     x_transposed, w_transposed = _stored(a) is not a, _stored(b) is b
-    x, w = operand_descriptors(_stored(a), _stored(b), x_transposed=x_transposed, w_transposed=w_transposed)
-    matmul_kernel[programs(*out.shape, out.device)](
+    x, w = operand_descriptors(
+        _stored(a), _stored(b), x_transposed=x_transposed, w_transposed=w_transposed, width=width
+    )
+    matmul_kernel[programs(*out.shape, out.device, width=width)](
         x=x,
         w=w,
         out=store_descriptor(out),
         scale_ptr=row_scale,
-        counter_ptr=new_counters(out.device),
+        counter_ptr=counter,
         M=out.shape[0],
         N=out.shape[1],
         K=a.shape[1],
@@ -154,8 +176,8 @@ def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None) -
 
 def matmul_beside(out: Tensor, a: Tensor, b: Tensor) -> None:
     """As :func:`matmul_into`, for a product beside a message."""
-    if takes(out, a, b):
-        matmul(out, a, b)
+    if takes(out, a, b, beside=True):
+        matmul(out, a, b, beside=True)
     else:
         matmul_into(out, a, b)
 

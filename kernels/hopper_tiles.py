@@ -207,6 +207,9 @@ def tiles_kernel(
     )  # fmt: skip
 
 
+_NO_POINTERS = dict.fromkeys(name for name in tiles_kernel.arg_names if name.endswith("_ptr"))
+
+
 def takes(hidden: Tensor, arch: str) -> bool:
     """Whether this kernel computes the tiles of these tokens: on Hopper, in 16 bits, if they are more than half a tile.
     The operands must be aligned."""
@@ -246,10 +249,9 @@ def launch_tiles(
     """
     hidden, weight, bias, transform = head
     T, V = hidden.shape[0], weight.shape[0]
-    every = dict.fromkeys(name for name in tiles_kernel.arg_names if name.endswith("_ptr"))
     wanted = {name: pointer for name, pointer in pointers.items() if pointer is not None}
     hidden_descriptor, weight_descriptor = operand_descriptors(hidden, weight)
-    tiles_kernel[programs(T, V, hidden.device, strip=strip)](
+    tiles_kernel[programs(T, V, hidden.device, width=strip * BLOCK_V)](
         hidden=hidden_descriptor,
         weight=weight_descriptor,
         out=None if out is None else store_descriptor(out),
@@ -258,7 +260,7 @@ def launch_tiles(
         H=min(hidden.shape[1], weight.shape[1]),
         strip=strip,
         stride_partial=stride_partial,
-        **(every | wanted | {"bias_ptr": bias, "counter_ptr": counter}),
+        **(_NO_POINTERS | wanted | {"bias_ptr": bias, "counter_ptr": counter}),
         **transform_kwargs(transform),
         **LAUNCH,
     )

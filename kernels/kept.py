@@ -320,10 +320,10 @@ def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
     scale_rows_kernel[grid](matrix, scale, out, N, H, *strides, **_ROWS_LAUNCH)
 
 
-def scaled_matmul(out: Tensor, values: Tensor, matrix: Tensor, scale: Tensor) -> None:
-    """``out = scale[:, None] · (values @ matrix)``."""
-    if hopper_matmul.takes(out, values, matrix):
-        hopper_matmul.matmul(out, values, matrix, scale)
+def scaled_matmul(out: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, *, beside: bool = False) -> None:
+    """``out = scale[:, None] · (values @ matrix)``; ``beside``: a message shares the device."""
+    if hopper_matmul.takes(out, values, matrix, beside=beside):
+        hopper_matmul.matmul(out, values, matrix, scale, beside=beside)
     else:
         matmul_into(out, values, matrix)
         scale_rows(out, scale, out)

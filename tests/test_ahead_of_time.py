@@ -3,6 +3,7 @@
 What the interpreter accepts the compiler may not, so this runs without it, in a process of its own.
 """
 
+import itertools
 import json
 import os
 import re
@@ -266,21 +267,32 @@ def compile_matmul(compiler: Compiler, dtype: Any) -> None:
 
     from vocab_parallel_fused.kernels import hopper_matmul
 
-    for of_dweight in (False, True):
-        for out_dtype in (dtype, torch.float32):
-            types, constants, options = _hopper_launch(
-                dtype, "x", "w", x_transposed=of_dweight, w_transposed=True, out_dtype=out_dtype
-            )
-            constants |= {"X_TRANSPOSED": of_dweight, "W_TRANSPOSED": True}
-            constants |= {"scale_ptr": None} if of_dweight else {}
-            compiler.build(hopper_matmul.matmul_kernel, types, constants, options, f"{dtype} {of_dweight=} {out_dtype}")
+    for of_dweight, out_dtype, width in itertools.product(
+        (False, True), (dtype, torch.float32), (hopper_matmul.BLOCK_N, hopper_matmul._NARROW)
+    ):
+        types, constants, options = _hopper_launch(
+            dtype, "x", "w", x_transposed=of_dweight, w_transposed=True, out_dtype=out_dtype, width=width
+        )
+        constants |= {"X_TRANSPOSED": of_dweight, "W_TRANSPOSED": True}
+        constants |= {"scale_ptr": None} if of_dweight else {}
+        about = f"{dtype} {of_dweight=} {out_dtype} {width=}"
+        compiler.build(hopper_matmul.matmul_kernel, types, constants, options, about)
 
 
 def _hopper_launch(
-    dtype: Any, x: str, w: str, *, x_transposed: bool = False, w_transposed: bool = False, out_dtype: Any
+    dtype: Any,
+    x: str,
+    w: str,
+    *,
+    x_transposed: bool = False,
+    w_transposed: bool = False,
+    out_dtype: Any,
+    width: int | None = None,
 ) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
     """Types of the descriptors, constants and options."""
     from vocab_parallel_fused.kernels import hopper
+
+    width = hopper.BLOCK_N if width is None else width
 
     def descriptor(dtype: Any, rows: int, columns: int, swizzle_bytes: int) -> str:
         layout = hopper.swizzled(swizzle_bytes, 8 * dtype.itemsize)
@@ -288,7 +300,7 @@ def _hopper_launch(
 
     types = {
         x: descriptor(dtype, *hopper.operand_box(hopper.BLOCK_M // 2, transposed=x_transposed)),
-        w: descriptor(dtype, *hopper.operand_box(hopper.BLOCK_N, transposed=w_transposed)),
+        w: descriptor(dtype, *hopper.operand_box(width, transposed=w_transposed)),
         "out": descriptor(out_dtype, *hopper.store_box(out_dtype.itemsize)),
         "counter_ptr": "*i32",
     }

@@ -21,7 +21,7 @@ from vocab_parallel_fused.dispatch import select_kernels
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels.sweep import GradBuffers
 from vocab_parallel_fused.options import Impl
-from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted
+from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
 tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
@@ -110,6 +110,37 @@ def test_order_of_arrival() -> None:
     assert order(slice(32, 64), slice(64, 96), 16) == ["wait", "64:96"]
     assert order(slice(5, 37), slice(0, 96), 16) == ["wait", "0:96"]  # 1 + 2 + 4 blocks in place of 6
     assert order(slice(32, 64), slice(0, 96), 64) == ["wait", "0:96"]
+
+
+def test_launches_of_statistics() -> None:
+    """On Hopper one launch takes all rows, whatever their number, of as many tokens as its partials have memory for;
+    those that are launched with this rank's come first."""
+    forward = importlib.import_module("vocab_parallel_fused.kernels.forward")
+    configs = importlib.import_module("vocab_parallel_fused.kernels.configs")
+
+    def launches(tokens: int, rows: int, first_token: int) -> list[tuple[int, ...]]:
+        hidden, weight = torch.empty(tokens, H, device="meta"), torch.empty(rows, H, device="meta")
+        target_row = torch.empty(tokens, 1, device="meta")
+        statistics = forward._Statistics(
+            head=Operands(hidden.bfloat16(), weight.bfloat16(), None, LogitTransform()),
+            target_row=target_row,
+            class_weight=None,
+            stats=empty_stats(target_row, torch.float32, Wanted()),
+            cache=None,
+            arch="sm_90",
+            tile=configs.tile_config("sm_90", torch.bfloat16, tokens),
+            on_hopper=True,
+        )
+        return [(t.start, t.stop, r.start, r.stop, strip) for t, r, strip in statistics.launches(first_token)]
+
+    assert launches(8192, 16032, 4096) == [(0, 8192, 0, 16032, 1)]
+    assert launches(300, 1, 0) == [(0, 300, 0, 1, 1)]
+    several = launches(2**17, 128256, 2**16)
+    assert [rows for *_, rows, _ in several] == [128256] * len(several)
+    starts = [start for start, *_ in several]
+    assert starts[0] <= 2**16 < several[0][1]
+    assert len(starts) > 2
+    assert sorted(starts) == sorted({0, *(stop for _, stop, *_ in several)} - {2**17})
 
 
 @pytest.mark.parametrize("own", RANKS_TOKENS)

@@ -28,7 +28,7 @@ ALLOWED = {
     "kernels.streams": {"arrival", "kernels.tiles"},
     "kernels.hopper": {"kernels.tiles"},
     "kernels.hopper_tiles": {"kernels.hopper", "kernels.tiles", "transform"},
-    "kernels.hopper_matmul": {"kernels.configs", "kernels.hopper", "kernels.sweep", "kernels.tiles"},
+    "kernels.hopper_matmul": {"kernels.configs", "kernels.hopper", "kernels.streams", "kernels.sweep", "kernels.tiles"},
     "kernels.kept": {
         "exp_cache",
         "kernels.configs",

@@ -39,8 +39,9 @@ def test_product(M: int, N: int, K: int, transposed: tuple[bool, bool], dtype: t
     scale = torch.rand(M, device="cuda") * 2 - 1
     around = torch.full((M + 2, N + 8), 7.0, dtype=out_dtype, device="cuda")
     out = around[1:-1, :N]
-    for row_scale in (None, scale):
-        matmul(out, a, b, row_scale)
+    for row_scale, beside in ((None, False), (scale, False), (None, True), (scale, True)):
+        out.fill_(torch.nan)
+        matmul(out, a, b, row_scale, beside=beside)
         expected = a.double() @ b.double()
         size = a.double().abs() @ b.double().abs()
         if row_scale is not None:
@@ -61,12 +62,12 @@ def test_same_bits_as_cublas_beside_another_kernel() -> None:
     expected = a @ b
     other = torch.randn(64, 4096, 4096, device="cuda")
     side = torch.cuda.Stream()
-    for _ in range(5):
+    for beside in (False, True) * 4:
         out = torch.empty_like(expected)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             other.mul_(1.5).sin_()
-        matmul(out, a, b)
+        matmul(out, a, b, beside=beside)
         torch.cuda.synchronize()
         assert torch.equal(out, expected)
 
@@ -88,6 +89,7 @@ def test_takes_what_fills_the_processors() -> None:
     assert not takes(out, a[:, ::2], b[::2])
     assert not takes(*product(8192, 4096, 16032, torch.float32))
     assert not takes(*product(8192, 2304, 4096))  # five waves, of which the last is a third
+    assert takes(*product(8192, 2304, 4096), beside=True)
     assert not takes(*product(0, 4096, 64))
     assert not takes(*product(8192, 4096, 0))
 

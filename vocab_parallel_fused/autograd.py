@@ -114,7 +114,7 @@ def _gathered_stats(
 ) -> _GatheredStats:
     shard = plan.shard
     target_row = shard.local_rows(target)
-    with _local_steps(hidden), plan.gathering(hidden) as (full_hidden, arrival):
+    with plan.gathering(hidden) as (full_hidden, arrival):
         head = plan.operands(full_hidden, weight, bias)
         local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes, arrival)
     if local.argmax is not None:
@@ -142,9 +142,10 @@ class _TokenStatsFunction(Function):
         anchor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
-        parts, rows, target_row, target_logit, cache = _gathered_stats(
-            hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
-        )
+        with _local_steps(hidden):
+            parts, rows, target_row, target_logit, cache = _gathered_stats(
+                hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
+            )
         whole, num_classes = merge_stats(parts), _count(rows)
         stats = whole_stats(whole)
         ctx.plan = plan
@@ -194,10 +195,10 @@ class _CrossEntropyFunction(Function):
         anchor: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
-        parts, rows, target_row, target_logit, cache = _gathered_stats(
-            hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
-        )
         with _local_steps(hidden):
+            parts, rows, target_row, target_logit, cache = _gathered_stats(
+                hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
+            )
             of_tokens = plan.kernels.token_loss(parts, rows, target, ignore_index, reduction)
         loss, max_logit, sum_exp, owners, num_valid, owned_once, num_classes = of_tokens
         ctx.plan, ctx.ignore_index = plan, ignore_index
