@@ -103,6 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=positive, default=20, help="timed rounds per shape (default: %(default)s)")
     parser.add_argument("--sequence-parallel", action="store_true", help="every rank holds a part of the tokens")
+    parser.add_argument(
+        "--keep-gathered-hidden", action="store_true", help="with --sequence-parallel: as this package's option"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there, after every shape")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder")
     parser.add_argument("--replot", type=Path, metavar="PATH", help="measure nothing; show what --json has written")
@@ -193,6 +196,7 @@ def run(args: argparse.Namespace, workloads: Sequence[Workload], context: Contex
                     dtype=getattr(torch, args.dtype),
                     rounds=args.rounds,
                     sequence_parallel=args.sequence_parallel,
+                    keep_gathered_hidden=args.keep_gathered_hidden,
                     progress=progress,
                 )
             )

@@ -5,7 +5,7 @@ import random
 import statistics
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,6 +64,7 @@ def measure(
     dtype: torch.dtype,
     rounds: int,
     sequence_parallel: bool,
+    keep_gathered_hidden: bool,
     progress: Callable[[str], None],
 ) -> ShapeResult:
     """Try each method once, for its memory, its errors or the reason why it fails; then time all that work, in turns.
@@ -73,6 +74,7 @@ def measure(
     """
     torch.set_float32_matmul_precision("highest")  # a package that was imported may have changed it
     problem, hidden = make_problem(workload, context, dtype, sequence_parallel=sequence_parallel)
+    problem = replace(problem, keep_gathered_hidden=keep_gathered_hidden)
     products = _products(hidden.detach(), problem.weight.detach())
     scale = _LOSS_SCALE.get(dtype, 1.0)
     progress("fp32 reference")

@@ -7,7 +7,7 @@ gradient of the hidden states. So all of them compute the same loss and gradient
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -35,6 +35,8 @@ class Problem:
     shard: vpf.VocabShard
     group: ProcessGroup | None = None
     sequence_parallel: bool = False
+    keep_gathered_hidden: bool = False
+    """Of this package."""
 
     @property
     def exp_bytes(self) -> int:
@@ -75,6 +77,8 @@ class Method:
 
 
 def _with_options(problem: Problem, options: vpf.ComputeOptions) -> Loss:
+    options = replace(options, keep_gathered_hidden=problem.keep_gathered_hidden)
+
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return vpf.linear_cross_entropy(
             hidden,

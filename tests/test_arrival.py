@@ -320,42 +320,45 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Late:
     return late
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, impl: Impl) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, options: ComputeOptions) -> Tensor:
     target = torch.arange(len(hidden), device=hidden.device)
-    return linear_cross_entropy(
-        hidden, weight, target, sequence_parallel=True, options=ComputeOptions(impl=impl), reduction="none"
-    )
+    return linear_cross_entropy(hidden, weight, target, sequence_parallel=True, options=options, reduction="none")
 
 
-def distillation(hidden: Tensor, weight: Tensor, impl: Impl) -> Tensor:
+def distillation(hidden: Tensor, weight: Tensor, options: ComputeOptions) -> Tensor:
     teacher = (hidden.detach() + 1, weight.detach() * 0.9)
-    return linear_distillation(
-        hidden, weight, *teacher, sequence_parallel=True, options=ComputeOptions(impl=impl), reduction="none"
-    )
+    return linear_distillation(hidden, weight, *teacher, sequence_parallel=True, options=options, reduction="none")
 
 
-def top_k(hidden: Tensor, weight: Tensor, impl: Impl) -> Tensor:
-    top = linear_top_k(hidden, weight, 3, sequence_parallel=True, options=ComputeOptions(impl=impl))
+def top_k(hidden: Tensor, weight: Tensor, options: ComputeOptions) -> Tensor:
+    top = linear_top_k(hidden, weight, 3, sequence_parallel=True, options=options)
     return top.log_prob.sum(dim=1)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, distillation, top_k])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("loss", "forward", "backward"), [(cross_entropy, 1, 1), (distillation, 2, 2), (top_k, 2, 1)])
 def test_everybody_waits(
-    loss: Callable[..., Tensor], impl: Impl, device: torch.device, request: pytest.FixtureRequest
+    loss: Callable[..., Tensor],
+    forward: int,
+    backward: int,
+    keep: bool,
+    impl: Impl,
+    device: torch.device,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Whoever asks for hidden states of all ranks, in the forward and in the backward."""
+    """Whoever asks for hidden states of all ranks, in the forward and, unless they are kept, in the backward."""
     head, _ = problem(device, torch.float32)
 
     def results() -> list[Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in (head.hidden, head.weight)]
-        losses = loss(*leaves, impl)
+        losses = loss(*leaves, ComputeOptions(impl=impl, keep_gathered_hidden=keep))
         return [losses.detach(), *torch.autograd.grad(losses.sum(), leaves)]
 
     expected = results()
     late = request.getfixturevalue("late")
     # On the CPU a product's sums may run in another order beside other rows.
     torch.testing.assert_close(results(), expected, rtol=1e-5, atol=1e-4)
-    assert len(late.gathered) > 1
+    assert len(late.gathered) == forward + backward * (not keep)
     assert all(gathered.waits > 0 for gathered in late.gathered)
 
 
@@ -370,7 +373,7 @@ def test_an_error_waits(step: str, late: Late, device: torch.device, monkeypatch
 
     monkeypatch.setattr(eager, step, fail)
     with pytest.raises(MemoryError, match=step):
-        cross_entropy(head.hidden.requires_grad_(), head.weight, "eager").sum().backward()
+        cross_entropy(head.hidden.requires_grad_(), head.weight, ComputeOptions(impl="eager")).sum().backward()
     assert late.gathered[-1].waits == 1
 
 

@@ -291,7 +291,7 @@ def measure_small(
     methods: dict[str, Method], context: Context = ALONE, workload: Workload = SMALL, *, sequence_parallel: bool = False
 ) -> ShapeResult:
     keywords: dict[str, Any] = {"dtype": torch.float32, "rounds": 1, "sequence_parallel": sequence_parallel}
-    return measure(workload, methods, context, **keywords, progress=lambda _: None)
+    return measure(workload, methods, context, keep_gathered_hidden=False, **keywords, progress=lambda _: None)
 
 
 def errors(row: Measurement) -> list[float]:
@@ -353,13 +353,13 @@ def test_errors_show_wrong_results() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_cache_has_room_for_its_part_of_the_shard(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The curve is drawn against these fractions."""
-    given: list[dict[str, Any]] = []
-    monkeypatch.setattr(vpf, "ComputeOptions", lambda **options: given.append(options))
+    given: list[vpf.ComputeOptions] = []
+    monkeypatch.setattr(benchmark_methods, "_with_options", lambda _problem, options: given.append(options))
     problem, hidden = make_problem(SMALL, ALONE, dtype, sequence_parallel=False)
     for name in ("recompute", "cache-half", "cache"):
         METHODS[name].prepare(problem)
     logits_bytes = F.linear(hidden, problem.weight).nbytes
-    assert given == [{}, {"exp_cache_bytes": logits_bytes // 2}, {"exp_cache_bytes": logits_bytes}]
+    assert given == [vpf.ComputeOptions(exp_cache_bytes=size) for size in (0, logits_bytes // 2, logits_bytes)]
 
 
 def test_gradients_in_fp32_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,9 @@ def matrix_on_rank(group: ProcessGroup, dtype: torch.dtype) -> list[tuple[tuple,
         ways.append(("triton", "all_gather"))
     for cut, (impl, combine), sequence_parallel in product(cuts, ways, [False, True]):
         shard = shard_of(cut, group)
-        options = ComputeOptions(impl=impl, combine=combine, workspace_bytes=5000)
+        # Nor what the backward gathers.
+        keep = combine == "all_reduce"
+        options = ComputeOptions(impl=impl, combine=combine, workspace_bytes=5000, keep_gathered_hidden=keep)
         actual, again = (
             sharded_results(problem, group, shard, sequence_parallel=sequence_parallel, options=options)
             for _ in range(2)
@@ -265,7 +267,9 @@ def test_own_part_of_a_gather() -> None:
     run_on_ranks(own_part_of_a_gather, 3)
 
 
-def count_collectives(group: ProcessGroup, sequence_parallel: bool, combine: Combine) -> tuple[list[str], list[str]]:
+def count_collectives(
+    group: ProcessGroup, sequence_parallel: bool, combine: Combine, keep: bool = False
+) -> tuple[list[str], list[str]]:
     calls: list[str] = []
 
     def record(name: str, communicate: Any) -> Any:
@@ -291,7 +295,7 @@ def count_collectives(group: ProcessGroup, sequence_parallel: bool, combine: Com
         group=group,
         shard=shard,
         sequence_parallel=sequence_parallel,
-        options=ComputeOptions(combine=combine),
+        options=ComputeOptions(combine=combine, keep_gathered_hidden=keep),
     )
     forward = calls.copy()
     calls.clear()
@@ -300,12 +304,14 @@ def count_collectives(group: ProcessGroup, sequence_parallel: bool, combine: Com
 
 
 def test_messages_are_few() -> None:
-    """One packed gather of statistics, dX reduced once; the hidden states gathered once in each direction."""
+    """One packed gather of statistics, dX reduced once; the hidden states gathered once in each direction, or kept."""
     gather = ["all_gather"]
     assert run_on_ranks(count_collectives, 2, False, "all_gather") == [(gather, ["all_reduce"])] * 2
     assert (
         run_on_ranks(count_collectives, 2, True, "all_gather") == [(gather * 2, ["all_gather", "reduce_scatter"])] * 2
     )
+    assert run_on_ranks(count_collectives, 2, True, "all_gather", True) == [(gather * 2, ["reduce_scatter"])] * 2
+    assert run_on_ranks(count_collectives, 2, False, "all_gather", True) == [(gather, ["all_reduce"])] * 2
     assert run_on_ranks(count_collectives, 2, False, "all_reduce") == [(["all_reduce"] * 2, ["all_reduce"])] * 2
     assert run_on_ranks(count_collectives, 1, True, "all_gather") == [([], [])]
 

@@ -193,6 +193,7 @@ def test_triton_that_is_missing_never_falls_back(monkeypatch: pytest.MonkeyPatch
         ({"exp_cache_bytes": True}, "exp_cache_bytes must be a non-negative int, got True"),
         ({"exp_cache_bytes": 1e6}, r"exp_cache_bytes must be a non-negative int, got 1000000\.0"),
         ({"accumulate_main_grad": 1}, "accumulate_main_grad must be a bool, got 1"),
+        ({"keep_gathered_hidden": None}, "keep_gathered_hidden must be a bool, got None"),
         ({"workspace_bytes": True}, "workspace_bytes must be a positive int or None, got True"),
     ],
 )

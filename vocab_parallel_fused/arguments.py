@@ -93,6 +93,7 @@ def resolve_head(
         shard,
         process_group,
         sequence_parallel,
+        options.keep_gathered_hidden,
         transform,
         kernels,
         workspace_bytes,

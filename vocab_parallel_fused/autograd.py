@@ -3,11 +3,13 @@
     forward     [gather_hidden]  →  local_stats  →  gather_stats             →  parts, merged: TokenStats, or the loss
     backward    [gather_hidden]  →  local_grads  →  reduce_hidden_grad       →  dhidden, dweight, dbias
 
-Steps in brackets run under sequence parallelism only, beside what the next step does with this rank's own tokens; the
-last step runs beside the end of the one before. On a rank, with ``T`` tokens, ``K`` targets a token, ``R`` ranks:
+Steps in brackets run under sequence parallelism only, beside what the next step does with this rank's own tokens, the
+second unless what the first gathered was kept; the last step runs beside the end of the one before. On a rank, with
+``T`` tokens, ``K`` targets a token, ``R`` ranks:
 
     ============  ==================================================================================
-    hidden        [T, H] replicated, or this rank's [T / R, H] under sequence parallelism; saved as it came
+    hidden        [T, H] replicated, or this rank's [T / R, H] under sequence parallelism; saved as it
+                  came, or gathered
     weight, bias  [V_local, H], [V_local]; saved
     target        [T, K] global ids, replicated
     statistics    [T] or [T, K] each, replicated; saved, with the shard's own target_logit
@@ -66,6 +68,7 @@ class Plan:
     shard: VocabShard
     group: ProcessGroup | None
     sequence_parallel: bool
+    keep_gathered_hidden: bool
     transform: LogitTransform
     kernels: Kernels
     workspace_bytes: int
@@ -74,17 +77,30 @@ class Plan:
     main_grad: Tensor | None  # [V_local, H] fp32, takes dweight instead of the weight's grad
 
     @contextmanager
-    def gathering(self, hidden: Tensor) -> Iterator[tuple[Tensor, Arrival | None]]:
-        """All tokens' hidden states, as :func:`gather_hidden_beside` returns them. In the end all have arrived."""
-        gathered, arrival = gather_hidden_beside(hidden, self.group) if self.sequence_parallel else (hidden, None)
+    def gathering(self, hidden: Tensor, *, again: bool = False) -> Iterator[tuple[Tensor, Arrival | None]]:
+        """All tokens' hidden states, as :func:`gather_hidden_beside` returns them. In the end all have arrived.
+
+        Args:
+            hidden: this rank's, or what :meth:`to_save` saved of them.
+            again: in the backward.
+        """
+        gathered, arrival = gather_hidden_beside(hidden, self.group) if self._gathers(again) else (hidden, None)
         try:
             yield gathered, arrival
         finally:  # after an error too: until then the memory is being written
             if arrival is not None:
                 arrival.wait()
 
-    def gather_hidden(self, hidden: Tensor) -> Tensor:
-        return gather_hidden(hidden, self.group) if self.sequence_parallel else hidden
+    def gather_hidden(self, hidden: Tensor, *, again: bool = False) -> Tensor:
+        """As :meth:`gathering`, and waits."""
+        return gather_hidden(hidden, self.group) if self._gathers(again) else hidden
+
+    def _gathers(self, again: bool) -> bool:
+        return self.sequence_parallel and not (again and self.keep_gathered_hidden)
+
+    def to_save(self, hidden: Tensor, gathered: Tensor) -> Tensor:
+        """What the backward starts from."""
+        return gathered if self.keep_gathered_hidden else hidden
 
     def operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
         """All tokens' hidden states, and the shard's rows without padding."""
@@ -95,6 +111,7 @@ class Plan:
 class _GatheredStats(NamedTuple):
     """What the forward finds, and the backward starts from."""
 
+    hidden: Tensor  # to save
     parts: PartStats
     rows: Tensor | None  # as `gather_stats` returns them
     target_row: Tensor  # [T, K] rows of this shard, or numbers that are none
@@ -120,7 +137,7 @@ def _gathered_stats(
     if local.argmax is not None:
         local = local._replace(argmax=local.argmax + shard.start)
     parts, rows = gather_stats(local, shard.num_valid_rows, plan.group, plan.combine)
-    return _GatheredStats(parts, rows, target_row, local.target_logit, cache)
+    return _GatheredStats(plan.to_save(hidden, full_hidden), parts, rows, target_row, local.target_logit, cache)
 
 
 def _count(rows: Tensor | None) -> Tensor | None:
@@ -143,7 +160,7 @@ class _TokenStatsFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
         with _local_steps(hidden):
-            parts, rows, target_row, target_logit, cache = _gathered_stats(
+            hidden, parts, rows, target_row, target_logit, cache = _gathered_stats(
                 hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
             )
         whole, num_classes = merge_stats(parts), _count(rows)
@@ -196,7 +213,7 @@ class _CrossEntropyFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
         with _local_steps(hidden):
-            parts, rows, target_row, target_logit, cache = _gathered_stats(
+            hidden, parts, rows, target_row, target_logit, cache = _gathered_stats(
                 hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
             )
             of_tokens = plan.kernels.token_loss(parts, rows, target, ignore_index, reduction)
@@ -258,6 +275,8 @@ class _DivergenceFunction(Function):
         with _local_steps(hidden):
             student_head = plan.operands(plan.gather_hidden(hidden), weight, bias)
             teacher_head = _teacher_operands(teacher, plan)
+            saved = (plan.to_save(hidden, student_head.hidden), weight, bias)
+            saved_teacher = (plan.to_save(teacher.hidden, teacher_head.hidden), teacher.weight, teacher.bias)
             # KL(a ‖ b) is the divergence of b from a.
             forward_kl = divergence == "forward_kl"
             heads = (teacher_head, student_head) if forward_kl else (student_head, teacher_head)
@@ -275,7 +294,7 @@ class _DivergenceFunction(Function):
         if forward_kl:
             max_logit, log_sum_exp = max_logit.flip(0), log_sum_exp.flip(0)
         ctx.plan, ctx.divergence, ctx.teacher_transform = plan, divergence, teacher.transform
-        ctx.save_for_backward(hidden, weight, bias, *teacher[:3], max_logit, log_sum_exp, center)
+        ctx.save_for_backward(*saved, *saved_teacher, max_logit, log_sum_exp, center)
         if num_classes is not None:
             ctx.mark_non_differentiable(num_classes)
         return loss, num_classes
@@ -286,7 +305,7 @@ class _DivergenceFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         hidden, weight, bias, *teacher, max_logit, log_sum_exp, center = ctx.saved_tensors
-        teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan)
+        teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan, again=True)
 
         def local_grads(head: Operands, buffers: GradBuffers, arrival: Arrival | None) -> None:
             if arrival is not None:
@@ -298,9 +317,9 @@ class _DivergenceFunction(Function):
         return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, plan, local_grads), *[None] * 4
 
 
-def _teacher_operands(teacher: Operands, plan: Plan) -> Operands:
+def _teacher_operands(teacher: Operands, plan: Plan, *, again: bool = False) -> Operands:
     """All tokens' hidden states of the teacher, and its rows of the student's shard without padding."""
-    hidden = plan.gather_hidden(teacher.hidden)
+    hidden = plan.gather_hidden(teacher.hidden, again=again)
     return plan.operands(hidden, teacher.weight, teacher.bias)._replace(transform=teacher.transform)
 
 
@@ -312,7 +331,11 @@ def _head_grads(
     plan: Plan,
     local_grads: LocalGrads,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a head's first three inputs, from the step that computes this shard's from all tokens."""
+    """Gradients of a head's first three inputs, from the step that computes this shard's from all tokens.
+
+    Args:
+        hidden: as :meth:`Plan.to_save` saved them.
+    """
     if torch.is_grad_enabled():
         # `once_differentiable` would return gradients that look constant, so a gradient penalty would vanish.
         raise RuntimeError("a fused loss has no second derivative: call its backward without create_graph")
@@ -326,7 +349,7 @@ def _head_grads(
         dweight = _empty_grad(weight, rows) if plan.main_grad is None else plan.main_grad
     dbias = _empty_grad(bias, rows) if needs_bias and bias is not None else None
     reductions = []
-    with _local_steps(hidden), plan.gathering(hidden) as (full_hidden, arrival):
+    with _local_steps(hidden), plan.gathering(hidden, again=True) as (full_hidden, arrival):
         dhidden = torch.empty_like(full_hidden, memory_format=torch.contiguous_format) if needs_dhidden else None
 
         def reduce_dhidden() -> None:

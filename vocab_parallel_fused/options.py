@@ -53,6 +53,11 @@ class ComputeOptions:
     owns, inside the matrix product that makes it (for float16, after it). ``linear_weight.grad`` is then left alone.
     This is how Megatron sums gradients over micro-batches; the attribute is read in the forward."""
 
+    keep_gathered_hidden: bool = False
+    """Under ``sequence_parallel``, keep the hidden states of all tokens from the forward to the backward, which then
+    does not gather them again: ``T · H · itemsize`` bytes for one message. Equal on all ranks. Where the backward
+    follows the forward of the same tokens at once, no peak is higher, as the backward holds them anyway."""
+
     def __post_init__(self) -> None:
         if self.impl not in get_args(Impl):
             raise ValueError(f"impl must be one of {get_args(Impl)}, got {self.impl!r}")
@@ -64,5 +69,6 @@ class ComputeOptions:
         size = self.exp_cache_bytes
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ValueError(f"exp_cache_bytes must be a non-negative int, got {size!r}")
-        if not isinstance(self.accumulate_main_grad, bool):
-            raise ValueError(f"accumulate_main_grad must be a bool, got {self.accumulate_main_grad!r}")
+        for name in ("accumulate_main_grad", "keep_gathered_hidden"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
