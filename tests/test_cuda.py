@@ -67,8 +67,9 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_graph_replay_with_new_data(dtype: torch.dtype) -> None:
-    problem = make_problem(300, 64, 1000, dtype=dtype, device="cuda")
+@pytest.mark.parametrize("tokens", [300, 600])  # on one stream, on several
+def test_graph_replay_with_new_data(dtype: torch.dtype, tokens: int) -> None:
+    problem = make_problem(tokens, 64, 1000, dtype=dtype, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         gradients(per_token(problem), problem)
@@ -76,7 +77,7 @@ def test_graph_replay_with_new_data(dtype: torch.dtype) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = gradients(per_token(problem), problem)
-    other = make_problem(300, 64, 1000, dtype=dtype, device="cuda", seed=1)
+    other = make_problem(tokens, 64, 1000, dtype=dtype, device="cuda", seed=1)
     with torch.no_grad():
         for static, new in zip(problem, other, strict=True):
             assert static is not None
