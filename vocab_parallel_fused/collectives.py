@@ -2,8 +2,9 @@
 
 Forward: ``gather_stats``, and ``gather_hidden`` under sequence parallelism; ``gather_top_k`` before it to select
 classes, ``reduce_sums`` after it for a Jensen–Shannon divergence. Backward: ``reduce_hidden_grad``, and
-``gather_hidden`` again under sequence parallelism. Which of them run, in which order and with which sizes, depends only
-on arguments that are equal on all ranks. Once, when a model is built: ``gather_row_counts``, ``gather_rows``.
+``gather_hidden`` again under sequence parallelism, unless what it gathered was kept. Which of them run, in which order
+and with which sizes, depends only on arguments that are equal on all ranks. Once, when a model is built:
+``gather_row_counts``, ``gather_rows``.
 """
 
 import functools
