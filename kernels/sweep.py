@@ -108,8 +108,9 @@ def plan_blocks(
 ) -> Blocks:
     """The cheapest blocks that fit the workspace; at least one tile.
 
-    Counted are the waves of tiles in which ``processors`` compute the dlogits, the last of each block's unfilled; the
-    traffic of the two sums; and the launches.
+    Counted are the waves of tiles in which ``processors`` compute the dlogits and the product for dweight, the last of
+    each block's unfilled; the traffic of the two sums; and the launches. The product is taken to have tiles of the same
+    size, or three quarters of it, whichever fit better.
 
     Args:
         T, H, V: tokens, hidden size and rows.
@@ -124,19 +125,25 @@ def plan_blocks(
     """
     tile_t, tile_v = tile
 
+    def product_columns(rows: int) -> int:
+        """Columns of dweight ``[rows, H]`` that each processor computes, of ``tile_t`` rows."""
+        row_tiles = _ceil_div(rows, tile_t)
+        widths = (tile_v, 3 * tile_v // 4)
+        return min(width * _ceil_div(row_tiles * _ceil_div(H, width), processors) for width in widths)
+
     def cost(blocks: Blocks) -> float:
-        waves = launches = 0
+        flops = launches = 0
         group_t, block_t, block_v = blocks
         for rows, count in ((block_v, V // block_v), (V % block_v, 1)):
             if rows > 0:
                 tiles = _ceil_div(block_t, tile_t) * _ceil_div(rows, tile_v)
-                waves += count * _ceil_div(tiles, processors)
+                per_row = H * tile_v * _ceil_div(tiles, processors) + block_t * product_columns(rows)
+                flops += 2 * count * tile_t * processors * per_row
                 launches += 3 * count
         num_groups, num_rows_blocks = _ceil_div(T, group_t), _ceil_div(V, block_v)
         visits = num_groups * _ceil_div(group_t, block_t)
         traffic = 2 * dhidden_sum_bytes * T * H * (num_rows_blocks > 1) * num_rows_blocks
         traffic += 2 * 4 * V * H * num_groups
-        flops = 2 * H * tile_t * tile_v * processors * waves
         return visits * (flops + launches * _FLOPS_PER_LAUNCH) + traffic * _FLOPS_PER_BYTE
 
     def candidates(num_groups: int) -> Iterator[Blocks]:

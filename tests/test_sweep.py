@@ -55,6 +55,13 @@ def test_blocks_fill_waves() -> None:
         assert tiles / 132 / -(-tiles // 132) > 0.95, (T, V, blocks)
 
 
+def test_products_fill_waves() -> None:
+    """At H = 3584 a product for 4096 rows of dweight is 3.4 waves of tiles, or 4.6 of narrower ones, one for 3584 rows
+    2.97. At H = 2304 one for 8192 rows is 4.4 or 5.8: nothing to gain."""
+    assert plan(16384, 3584, 38016, main_grad=False).block_v == 3584
+    assert plan(8192, 2304, 256000, main_grad=False).block_v == 8192
+
+
 def test_a_workspace_too_small_for_anything() -> None:
     assert plan(100_000, 4096, 5000, main_grad=False, workspace_bytes=1) == (100_096, 128, 256)
 
