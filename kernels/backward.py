@@ -226,9 +226,7 @@ class _LogitGrads:
     @property
     def block(self) -> tuple[int, int]:
         """Tokens and rows of a tile."""
-        return (
-            (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if self.on_hopper else (self.tile.block_t, self.tile.block_v)
-        )
+        return hopper_tiles.tile_shape(self.on_hopper, self.tile)
 
     def write(self, tokens: slice, rows: slice, out: Tensor, arrival: Arrival | None) -> None:
         """Fill ``out`` ``[tokens, rows]``; all hidden states have then arrived."""
@@ -237,8 +235,11 @@ class _LogitGrads:
             here = slice(arrived.start - tokens.start, arrived.stop - tokens.start)
             self._write_tiles(self.head._replace(hidden=hidden), arrived, rows, out[here])
 
-        with Fork(out.device) as fork:
-            in_order_of_arrival(write_tiles, fork, self.head.hidden, tokens, arrival, self.block[0])
+        if arrival is None:
+            write_tiles(tokens, self.head.hidden[tokens])
+        else:
+            with Fork(out.device) as fork:
+                in_order_of_arrival(write_tiles, fork, self.head.hidden, tokens, arrival, self.block[0])
         self.write_targets(tokens, rows.start, out)
 
     def _write_tiles(self, head: Operands, tokens: slice, rows: slice, out: Tensor) -> None:
@@ -248,8 +249,8 @@ class _LogitGrads:
             block = head.block(slice(None), part)
             block = block._replace(weight=aligned(block.weight))
             out_part = out[:, part.start - rows.start : part.stop - rows.start]
-            if hopper_tiles.takes(block.hidden, self.arch) and grad_logit_sum is None:
-                hopper_tiles.launch_tiles(block, out_part, new_counters(out.device), **of_tokens)
+            if self.on_hopper:
+                hopper_tiles.launch_tiles(block, out_part, new_counters(out.device)[0], **of_tokens)
             else:
                 tiles_t = triton.cdiv(out_part.shape[0], self.tile.block_t)
                 dlogits_kernel[(tiles_t * triton.cdiv(out_part.shape[1], self.tile.block_v),)](

@@ -59,7 +59,7 @@ from vocab_parallel_fused.transform import Operands
 _PARTIAL_BYTES = 6 * 2**20 + 2**19
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
 _TARGET_BLOCK_T = 64
-_LEAST_ASIDE = 512  # tokens
+_LEAST_TOKENS_ASIDE = 512
 _MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_P": 16}
 
 
@@ -331,9 +331,7 @@ class _Statistics:
     @property
     def block(self) -> tuple[int, int]:
         """Tokens and rows of a tile."""
-        return (
-            (hopper_tiles.BLOCK_T, hopper_tiles.BLOCK_V) if self.on_hopper else (self.tile.block_t, self.tile.block_v)
-        )
+        return hopper_tiles.tile_shape(self.on_hopper, self.tile)
 
     @property
     def reduced(self) -> dict[str, Tensor | None]:
@@ -401,7 +399,7 @@ class _Statistics:
             if self.cache is None and is_last:
                 # They wait for memory, where tiles wait for multiplications: the last tiles leave them room. Of few
                 # tokens they take no longer than a fork.
-                with fork.aside() if hidden.shape[0] >= _LEAST_ASIDE else nullcontext():
+                with fork.aside() if hidden.shape[0] >= _LEAST_TOKENS_ASIDE else nullcontext():
                     if arrival is not None:
                         arrival.wait()
                     self.write_targets(slice(0, hidden.shape[0]), hidden)
@@ -477,14 +475,14 @@ def local_stats(
     cache = None
     # The terms that these two add to the gradient are no multiples of a kept exponential.
     if not (wanted.logit_sum or wanted.expected_logit):
-        block_v = hopper_tiles.BLOCK_V if on_hopper else tile.block_v
+        _, block_v = hopper_tiles.tile_shape(on_hopper, tile)
         cache = allocate_cache(head, stats.max_logit, exp_cache_bytes, block_v)
     hidden, arrival = aligned_hidden(hidden, arrival)
     head = head._replace(hidden=hidden)
     statistics = _Statistics(head, target_row, class_weight, stats, cache, arch, tile, on_hopper)
     launches = [*statistics.launches(0 if arrival is None else arrival.own.start)]
-    for tokens, rows, strip in launches:
-        statistics.write(tokens, rows, strip, arrival, is_last=rows is launches[-1][1])
+    for launch in launches:
+        statistics.write(*launch, arrival, is_last=launch is launches[-1])
         arrival = None
     return stats, cache
 

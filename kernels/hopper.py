@@ -225,10 +225,10 @@ def swizzled(swizzle_bytes: int, bits: int) -> Any:
 
 
 def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N) -> tuple[int]:
-    """The grid of a launch whose numbers each stand for ``[BLOCK_M, width]``."""
+    """The grid of a launch: a program on each SM, but no more than there are blocks ``[BLOCK_M, width]``."""
     return (min(-(-M // BLOCK_M) * -(-N // width), num_processors(device)),)
 
 
-def new_counters(device: torch.device, launches: int = 1) -> Tensor:
-    """From each of which the programs of one launch draw their tiles."""
-    return torch.zeros(launches, dtype=torch.int32, device=device)
+def new_counters(device: torch.device, launches: int = 1) -> tuple[Tensor, ...]:
+    """From each of which the programs of one launch draw their tiles; 16 bytes apart, as kernels are compiled for."""
+    return torch.zeros(launches, 4, dtype=torch.int32, device=device).unbind()

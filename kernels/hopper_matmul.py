@@ -123,6 +123,7 @@ def takes(out: Tensor, a: Tensor, b: Tensor, *, beside: bool = False) -> bool:
     if out.dtype not in (a.dtype, torch.float32) or not all(map(is_describable, (out, _stored(a), _stored(b)))):
         return False
     (M, N), processors = out.shape, num_processors(out.device)
+    # Narrow tiles fill a last wave in halves.
     parts = BLOCK_N // _NARROW if beside else 1
     waves = -(-(-(-M // BLOCK_M) * -(-N // BLOCK_N)) * parts // processors) / parts
     filled = M * N / (waves * processors * BLOCK_M * BLOCK_N) if waves else 0.0

@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from vocab_parallel_fused.kernels.configs import TileConfig
 from vocab_parallel_fused.kernels.hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -214,6 +215,11 @@ def takes(hidden: Tensor, arch: str) -> bool:
     """Whether this kernel computes the tiles of these tokens: on Hopper, in 16 bits, if they are more than half a tile.
     The operands must be aligned."""
     return arch == "sm_90" and hidden.dtype.itemsize == 2 and hidden.shape[0] > BLOCK_T // 2
+
+
+def tile_shape(on_hopper: bool, tile: TileConfig) -> tuple[int, int]:
+    """Tokens and rows of a tile, of this kernel's or of Triton's."""
+    return (BLOCK_T, BLOCK_V) if on_hopper else (tile.block_t, tile.block_v)
 
 
 def tokens_per_launch(num_rows: int, bytes_per_token: int, partial_bytes: int) -> int:

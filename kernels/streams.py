@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
@@ -22,8 +22,9 @@ _MOST_SPLIT = 1.125
 class Fork:
     """A point of the current stream, from which launches go on in other streams as well, until its block ends.
 
-    Tensors that they write must have been allocated before. Launches for which there is room are better made before
-    anything waits for earlier ones: with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` the device takes them in this order.
+    What they share with the current stream must have been allocated before; what is allocated among them stays theirs.
+    They are best launched before anything waits for an earlier kernel: with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` the
+    device takes launches in their order.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,11 +42,11 @@ class Fork:
     @contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
         """What is launched inside runs on a stream, after what came before the fork; None: on the current one."""
+        if stream is None:
+            yield
+            return
+        assert self._begin is not None
         with torch.cuda.stream(stream):
-            if stream is None:
-                yield
-                return
-            assert self._begin is not None
             self._begin.wait(stream)
             try:
                 yield
@@ -54,11 +55,9 @@ class Fork:
                 end.record(stream)
                 self._ends.append(end)
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is launched inside has the processors that what was launched since the fork leaves."""
-        with self.on(None if self._stream is None else _stream_aside(self._stream.device)):
-            yield
+    def aside(self) -> AbstractContextManager[None]:
+        """What is launched inside runs on a second stream, on processors that what was launched before leaves idle."""
+        return self.on(None if self._stream is None else _stream_aside(self._stream.device))
 
 
 @functools.cache

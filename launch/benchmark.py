@@ -104,7 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, default=20, help="timed rounds per shape (default: %(default)s)")
     parser.add_argument("--sequence-parallel", action="store_true", help="every rank holds a part of the tokens")
     parser.add_argument(
-        "--keep-gathered-hidden", action="store_true", help="with --sequence-parallel: as this package's option"
+        "--keep-gathered-hidden",
+        action="store_true",
+        help="with --sequence-parallel: keep what the forward gathers for the backward (this package)",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there, after every shape")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder")
@@ -127,6 +129,8 @@ def fraction(text: str) -> float:
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.keep_gathered_hidden and not args.sequence_parallel:
+        parser.error("--keep-gathered-hidden needs --sequence-parallel")
     if args.tokens is not None and len(args.shapes) != 1:
         parser.error(f"--tokens needs one shape, got {len(args.shapes)}: name it with --shapes")
 
@@ -172,6 +176,7 @@ def empty_report(args: argparse.Namespace, context: Context) -> Report:
         dtype=args.dtype,
         rounds=args.rounds,
         shapes=[],
+        keep_gathered_hidden=args.keep_gathered_hidden,
     )
 
 

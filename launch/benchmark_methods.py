@@ -36,7 +36,7 @@ class Problem:
     group: ProcessGroup | None = None
     sequence_parallel: bool = False
     keep_gathered_hidden: bool = False
-    """Of this package."""
+    """The option of this package's methods."""
 
     @property
     def exp_bytes(self) -> int:

@@ -84,12 +84,14 @@ class Report:
     dtype: str
     rounds: int
     shapes: list[ShapeResult]
+    keep_gathered_hidden: bool = False
 
     @property
     def setting(self) -> str:
         """All but the shapes, in words."""
         ranks = f"{self.ranks} × {self.device}" if self.ranks > 1 else self.device
         parallel = ", sequence parallel" if self.sequence_parallel else ""
+        parallel += ", gathered hidden states kept" if self.keep_gathered_hidden else ""
         versions = ", ".join(f"{name} {self.versions[name]}" for name in ("torch", "triton") if name in self.versions)
         return f"{ranks}{parallel}, {self.dtype}, {versions}"
 

@@ -144,7 +144,12 @@ def check_shape(shape: Shape, context: Context) -> list[tuple[Case, list[Check],
                         context.group,
                         shard,
                         sequence_parallel=sequence_parallel,
-                        options=ComputeOptions(impl=impl, combine=combine, exp_cache_bytes=2**40 if kept else 0),
+                        options=ComputeOptions(
+                            impl=impl,
+                            combine=combine,
+                            exp_cache_bytes=2**40 if kept else 0,
+                            keep_gathered_hidden=kept,
+                        ),
                         loss=None if feature is None else feature.of_part,
                     )
                     for _ in range(2)

@@ -63,7 +63,7 @@ def matrix_on_rank(group: ProcessGroup, dtype: torch.dtype) -> list[tuple[tuple,
         ways.append(("triton", "all_gather"))
     for cut, (impl, combine), sequence_parallel in product(cuts, ways, [False, True]):
         shard = shard_of(cut, group)
-        # Nor what the backward gathers.
+        # Nor on whether gathered hidden states are kept.
         keep = combine == "all_reduce"
         options = ComputeOptions(impl=impl, combine=combine, workspace_bytes=5000, keep_gathered_hidden=keep)
         actual, again = (

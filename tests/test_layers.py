@@ -27,7 +27,7 @@ ALLOWED = {
     "kernels.tiles": {"arrival", "kernels.configs", "transform"},
     "kernels.streams": {"arrival", "kernels.tiles"},
     "kernels.hopper": {"kernels.tiles"},
-    "kernels.hopper_tiles": {"kernels.hopper", "kernels.tiles", "transform"},
+    "kernels.hopper_tiles": {"kernels.configs", "kernels.hopper", "kernels.tiles", "transform"},
     "kernels.hopper_matmul": {"kernels.configs", "kernels.hopper", "kernels.streams", "kernels.sweep", "kernels.tiles"},
     "kernels.kept": {
         "exp_cache",

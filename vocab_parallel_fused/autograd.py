@@ -3,9 +3,9 @@
     forward     [gather_hidden]  →  local_stats  →  gather_stats             →  parts, merged: TokenStats, or the loss
     backward    [gather_hidden]  →  local_grads  →  reduce_hidden_grad       →  dhidden, dweight, dbias
 
-Steps in brackets run under sequence parallelism only, beside what the next step does with this rank's own tokens, the
-second unless what the first gathered was kept; the last step runs beside the end of the one before. On a rank, with
-``T`` tokens, ``K`` targets a token, ``R`` ranks:
+Steps in brackets run under sequence parallelism only, beside what the next step does with this rank's own tokens; with
+``keep_gathered_hidden`` the backward leaves its own out. The last step runs beside the end of the one before. On a
+rank, with ``T`` tokens, ``K`` targets a token, ``R`` ranks:
 
     ============  ==================================================================================
     hidden        [T, H] replicated, or this rank's [T / R, H] under sequence parallelism; saved as it
