@@ -276,7 +276,9 @@ def on_rank(
                 group=group,
                 shard=shard,
                 sequence_parallel=sequence_parallel,
-                options=ComputeOptions(impl=impl, combine=combine, workspace_bytes=5000),
+                options=ComputeOptions(
+                    impl=impl, combine=combine, workspace_bytes=5000, keep_gathered_hidden=combine == "all_reduce"
+                ),
             )
             exact, same = (full_logits(heads, divergence, d) for d in (torch.float64, dtype))
             for grads in (exact[1], same[1]):
