@@ -376,8 +376,9 @@ class _Statistics:
                     yield tokens, rows, strip
 
     def write(self, tokens: slice, rows: slice, strip: int, arrival: Arrival | None, *, is_last: bool) -> None:
-        """Merge the block's statistics into those of the tokens' earlier rows, and write what else there is to write
-        with it. All hidden states have then arrived."""
+        """Merge the block's statistics into those of the tokens' earlier rows and keep its exponentials; write the
+        targets' logits before the first tiles that need their reference, or with the last. All hidden states have then
+        arrived."""
         hidden = self.head.hidden
         of_tokens = {name: None if field is None else field[tokens] for name, field in self.reduced.items()}
         num_tokens, num_partials = tokens.stop - tokens.start, -(-(rows.stop - rows.start) // (strip * self.block[1]))

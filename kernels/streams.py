@@ -73,8 +73,8 @@ def in_order_of_arrival(
     arrival: Arrival | None,
     block_t: int,
 ) -> None:
-    """Launch what some tokens are needed for, this rank's first if that takes few tiles more. Once the fork has ended,
-    all have arrived.
+    """Launch work on some tokens, on this rank's first if that takes few tiles more. Once the fork has ended, all have
+    arrived.
 
     Args:
         launch: called up to ``MOST_PARTS`` times, with some of the tokens and their hidden states.

@@ -58,6 +58,9 @@ def distributed() -> Iterator[Context]:
         yield Context(launch.rank, launch.world_size, launch.local_rank, device, group)
         # Not after an error: NCCL could wait for ranks that did not have it, and the launcher for this one to end.
         if group is not None:
+            # After a backward's message gloo's thread needs the interpreter once more. If that has begun to end, the
+            # process aborts (torch 2.13). It has time for it while this thread waits.
+            dist.barrier(group)
             dist.destroy_process_group()
 
 
