@@ -163,13 +163,16 @@ def local_grads(
     )
 
 
-def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
+def token_loss(
+    parts: PartStats, rows: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
+) -> TokenLoss:
     """The cross-entropy without any option, as ``cross_entropy.cross_entropy`` has it.
 
     Args:
         parts: of the whole vocabulary, stacked, with one target of each token.
         rows: ``[P, 2]`` digits of how many classes each part holds, as ``stats.count_classes`` takes them, or None.
         target: ``[T, 1]`` class ids.
+        vocab_size: how many classes there are.
         ignore_index: of tokens that are left out.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``.
     """
@@ -178,11 +181,13 @@ def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_ind
     differences = (whole.target_logit[:, 0] - whole.max_logit).clamp_(max=0)
     loss = torch.where(valid, whole.sum_exp.log() - differences, 0.0)
     num_valid = valid.sum().clamp_(min=1).to(loss.dtype)
-    owned_once = torch.where(valid, whole.owners[:, 0] == 1, True).all()
+    covered = torch.where(valid, whole.owners[:, 0] == 1, True).all()
     if reduction != "none":
         loss = loss.sum() / num_valid if reduction == "mean" else loss.sum()
     num_classes = None if rows is None else count_classes(rows)
-    return TokenLoss(loss, whole.max_logit, whole.sum_exp, whole.owners, num_valid, owned_once, num_classes)
+    if num_classes is not None:
+        covered &= num_classes == vocab_size
+    return TokenLoss(loss, whole.max_logit, whole.sum_exp, whole.owners, num_valid, covered, num_classes)
 
 
 def token_loss_grads(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel_fused.kernels.sweep import ceil_div
 from vocab_parallel_fused.stats import DIGIT, DlogitsCoefficients, PartStats, TokenLoss
 
 # One program adds up all tokens, so that the sum has one order.
@@ -36,11 +37,12 @@ def token_loss_kernel(
     loss_ptr,  # [T] out, or None: reduce
     total_ptr,  # [] out, or None if the loss is there
     num_valid_ptr,  # [] out
-    owned_once_ptr,  # [] int32 out: 1 if every valid target has one owner
+    covered_ptr,  # [] int32 out: 1 if every valid target has one owner, and the parts have all classes
     num_classes_ptr,  # [] int64 out, or None if there are no digits
     P,
     T,
     stride_part,
+    vocab_size,
     ignore_index,
     MEAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -83,13 +85,15 @@ def token_loss_kernel(
     if total_ptr is not None:
         tl.store(total_ptr, tl.div_rn(tl.sum(total), count) if MEAN else tl.sum(total))
     tl.store(num_valid_ptr, count)
-    tl.store(owned_once_ptr, (tl.sum(num_bad) == 0).to(tl.int32))
+    covered = tl.sum(num_bad) == 0
     if rows_ptr is not None:
         num_classes = tl.zeros((), dtype=tl.int64)
         for part in range(P):
             high = tl.load(rows_ptr + part * stride_part).to(tl.int64)
             num_classes += high * _DIGIT + tl.load(rows_ptr + part * stride_part + 1).to(tl.int64)
         tl.store(num_classes_ptr, num_classes)
+        covered &= num_classes == vocab_size
+    tl.store(covered_ptr, covered.to(tl.int32))
 
 
 @triton.jit
@@ -116,13 +120,15 @@ def token_loss_grads_kernel(
     tl.store(grad_target_logit_ptr + offs_t, -grad, mask=mask_t)
 
 
-def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_index: int, reduction: str) -> TokenLoss:
+def token_loss(
+    parts: PartStats, rows: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
+) -> TokenLoss:
     """As ``eager.token_loss``."""
     P, T = parts.max_logit.shape
     loss = target.new_empty(T if reduction == "none" else (), dtype=torch.float32)
     # Not parts of one tensor, of which the backward would hold all.
     max_logit, sum_exp, owners = (loss.new_empty(T) for _ in range(3))
-    num_valid, owned_once = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
+    num_valid, covered = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
     num_classes = None if rows is None else loss.new_empty((), dtype=torch.int64)
     token_loss_kernel[(1,)](
         parts.max_logit,
@@ -137,16 +143,17 @@ def token_loss(parts: PartStats, rows: Tensor | None, target: Tensor, ignore_ind
         loss if reduction == "none" else None,
         None if reduction == "none" else loss,
         num_valid,
-        owned_once,
+        covered,
         num_classes,
         P,
         T,
         # Of several parts all fields are in the same messages.
         parts.max_logit.stride(0),
+        vocab_size,
         ignore_index,
         **{"MEAN": reduction == "mean", **_LOSS_LAUNCH},
     )
-    return TokenLoss(loss, max_logit, sum_exp, owners[:, None], num_valid, owned_once, num_classes)
+    return TokenLoss(loss, max_logit, sum_exp, owners[:, None], num_valid, covered, num_classes)
 
 
 def token_loss_grads(
@@ -155,7 +162,7 @@ def token_loss_grads(
     """As ``eager.token_loss_grads``."""
     T = target.shape[0]
     level, grad_target_logit = torch.empty_like(sum_exp), torch.empty_like(target, dtype=sum_exp.dtype)
-    token_loss_grads_kernel[(triton.cdiv(T, _GRADS_LAUNCH["BLOCK_T"]),)](
+    token_loss_grads_kernel[(ceil_div(T, _GRADS_LAUNCH["BLOCK_T"]),)](
         grad,
         sum_exp,
         target,

@@ -44,11 +44,12 @@ def numbers(device: torch.device, num_parts: int = 1) -> tuple[PartStats, torch.
 def test_implementations_agree(reduction: Reduction, num_parts: int, device: torch.device) -> None:
     tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
     parts, rows, target = numbers(device, num_parts)
-    expected = eager.token_loss(parts, rows, target, -100, reduction)
-    actual = tokens.token_loss(parts, rows, target, -100, reduction)
+    vocab_size = num_parts * (2**13 * DIGIT + 5)
+    expected = eager.token_loss(parts, rows, target, vocab_size, -100, reduction)
+    actual = tokens.token_loss(parts, rows, target, vocab_size, -100, reduction)
     assert (expected.loss >= 0).all()
-    assert expected.num_classes == num_parts * (2**13 * DIGIT + 5)
-    assert actual.num_classes == expected.num_classes
+    assert expected.num_classes == actual.num_classes == vocab_size
+    assert expected.covered
     for mine, theirs in zip(actual[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
     grad = torch.randn(expected.loss.shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -68,5 +69,14 @@ def test_targets_without_one_owner(owners: float, token: int, device: torch.devi
     parts, _, target = numbers(device)
     parts.owners[0, token] = owners
     for implementation in (eager, tokens):
-        owned_once = implementation.token_loss(parts, None, target, -100, "mean").owned_once
-        assert bool(owned_once) == (owners == 1 or token == 0)
+        covered = implementation.token_loss(parts, None, target, 100, -100, "mean").covered
+        assert bool(covered) == (owners == 1 or token == 0)
+
+
+@pytest.mark.parametrize("missing", [-1, 1])
+def test_parts_that_are_not_the_whole(missing: int, device: torch.device) -> None:
+    tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
+    parts, rows, target = numbers(device, 3)
+    vocab_size = 3 * (2**13 * DIGIT + 5) + missing
+    for implementation in (eager, tokens):
+        assert not implementation.token_loss(parts, rows, target, vocab_size, -100, "mean").covered

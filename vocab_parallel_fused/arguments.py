@@ -282,22 +282,31 @@ def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
         )
 
 
-def check_owners(owners: Tensor, target: Tensor, ignore_index: int, owned_once: Tensor | None = None) -> None:
-    """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary.
-
-    ``owned_once`` says whether they did, if that is known already; on the CPU it takes more to say which did not.
-    """
-    if target.device.type != "cpu":
-        if owned_once is None:
-            owned_once = ((owners == 1) | (target == ignore_index)).all()
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            owned_once, "a target is not in [0, vocab_size), or the shards do not cover it exactly once"
-        )
-        return
+def check_owners(owners: Tensor, target: Tensor, ignore_index: int) -> None:
+    """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary."""
     good = (owners == 1) | (target == ignore_index)
-    if not good.all():
+    if target.device.type != "cpu":
+        _assert_covered(good.all())
+    elif not good.all():
         position = int((~good).flatten().nonzero()[0])
         raise ValueError(
             f"shard must cover [0, vocab_size) exactly once over the group, but {int(owners.flatten()[position])} "
             f"ranks hold target {int(target.flatten()[position])} (position {position} of the flattened target)"
         )
+
+
+def check_cover(
+    covered: Tensor, owners: Tensor, num_classes: Tensor | None, target: Tensor, ignore_index: int, shard: VocabShard
+) -> None:
+    """:func:`check_shards` and :func:`check_owners`, of which ``covered`` knows the outcome: one launch on the GPU."""
+    if target.device.type != "cpu":
+        _assert_covered(covered)
+    else:
+        check_shards(num_classes, shard)
+        check_owners(owners, target, ignore_index)
+
+
+def _assert_covered(covered: Tensor) -> None:
+    torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+        covered, "a target is not in [0, vocab_size), or the shards do not cover that exactly once"
+    )

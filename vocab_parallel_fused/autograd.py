@@ -216,16 +216,17 @@ class _CrossEntropyFunction(Function):
             hidden, parts, rows, target_row, target_logit, cache = _gathered_stats(
                 hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
             )
-            of_tokens = plan.kernels.token_loss(parts, rows, target, ignore_index, reduction)
-        loss, max_logit, sum_exp, owners, num_valid, owned_once, num_classes = of_tokens
+            vocab_size = plan.shard.vocab_size
+            of_tokens = plan.kernels.token_loss(parts, rows, target, vocab_size, ignore_index, reduction)
+        loss, max_logit, sum_exp, owners, num_valid, covered, num_classes = of_tokens
         ctx.plan, ctx.ignore_index = plan, ignore_index
         ctx.set_materialize_grads(False)
         divisor = num_valid if reduction == "mean" else None
         ctx.save_for_backward(
             hidden, weight, bias, target_row, target_logit, max_logit, sum_exp, target, divisor, *(cache or ())
         )
-        ctx.mark_non_differentiable(*(t for t in (owners, owned_once, num_classes) if t is not None))
-        return loss, owners, owned_once, num_classes
+        ctx.mark_non_differentiable(*(t for t in (owners, covered, num_classes) if t is not None))
+        return loss, owners, covered, num_classes
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -418,8 +419,8 @@ def cross_entropy_without_options(
     reduction: str,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The cross-entropy ``[T]`` or ``[]`` of targets ``[T, 1]``; the owners ``[T, 1]`` of each, whether each that is
-    not ignored has one, and how many classes the ranks hold. The loss requires a gradient as :func:`token_stats` do."""
+    """The cross-entropy ``[T]`` or ``[]`` of targets ``[T, 1]``; the owners ``[T, 1]`` of each, whether the ranks cover
+    all classes once, and how many they hold. The loss requires a gradient as :func:`token_stats` do."""
     exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
     inputs = (hidden, weight, bias, target, ignore_index, reduction, exp_cache_bytes, plan, _anchor(hidden, plan))
     return _CrossEntropyFunction.apply(*inputs)  # pyright: ignore[reportReturnType]

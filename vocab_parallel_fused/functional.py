@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from vocab_parallel_fused.arguments import (
     Head,
     LinearArguments,
+    check_cover,
     check_owners,
     check_shards,
     resolve_class_weight,
@@ -142,11 +143,10 @@ def linear_cross_entropy(
     weight_of_tokens = resolve_token_weight(token_weight, head)
     if weight is None and token_weight is None and label_smoothing == z_loss_weight == 0:
         layer = (head.hidden, head.weight, head.bias)
-        loss, owners, owned_once, num_classes = cross_entropy_without_options(
+        loss, owners, covered, num_classes = cross_entropy_without_options(
             *layer, labels, ignore_index, reduction, head.plan
         )  # pyright: ignore[reportCallIssue]
-        check_shards(num_classes, head.plan.shard)
-        check_owners(owners, labels, ignore_index, owned_once)
+        check_cover(covered, owners, num_classes, labels, ignore_index, head.plan.shard)
         return loss.view(target.shape) if reduction == "none" else loss
     stats = _token_stats(head, labels, ignore_index, Wanted(logit_sum=label_smoothing > 0), class_weight)
     loss = cross_entropy(

@@ -100,8 +100,8 @@ class TokenLoss(NamedTuple):
     num_valid: Tensor
     """[] how many tokens are not ignored, in the dtype of the loss; 1 if none is, so that it can divide."""
 
-    owned_once: Tensor
-    """[] whether each of their targets has exactly one owner."""
+    covered: Tensor
+    """[] whether each of their targets has exactly one owner, and the parts hold as many classes as there are."""
 
     num_classes: Tensor | None
     """[] how many classes the parts hold, int64; None: it was not said."""
