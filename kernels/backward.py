@@ -26,7 +26,7 @@ from vocab_parallel_fused.kernels.hopper import new_counters
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
 from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows, scale_rows, scaled_matmul
 from vocab_parallel_fused.kernels.streams import Fork, in_order_of_arrival
-from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, scale_into_fp16, slices, sweep_grads
+from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, ceil_div, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
@@ -43,7 +43,7 @@ from vocab_parallel_fused.kernels.tiles import (
     transform_kwargs,
 )
 from vocab_parallel_fused.stats import DlogitsCoefficients
-from vocab_parallel_fused.transform import Operands
+from vocab_parallel_fused.transform import Operands, part_of
 
 _TARGET_LAUNCH: dict[str, Any] = {"BLOCK_N": 128}
 
@@ -236,7 +236,7 @@ class _LogitGrads:
             self._write_tiles(self.head._replace(hidden=hidden), arrived, rows, out[here])
 
         if arrival is None:
-            write_tiles(tokens, self.head.hidden[tokens])
+            write_tiles(tokens, part_of(self.head.hidden, tokens))
         else:
             with Fork(out.device) as fork:
                 in_order_of_arrival(write_tiles, fork, self.head.hidden, tokens, arrival, self.block[0])
@@ -252,8 +252,8 @@ class _LogitGrads:
             if self.on_hopper:
                 hopper_tiles.launch_tiles(block, out_part, new_counters(out.device)[0], **of_tokens)
             else:
-                tiles_t = triton.cdiv(out_part.shape[0], self.tile.block_t)
-                dlogits_kernel[(tiles_t * triton.cdiv(out_part.shape[1], self.tile.block_v),)](
+                tiles_t = ceil_div(out_part.shape[0], self.tile.block_t)
+                dlogits_kernel[(tiles_t * ceil_div(out_part.shape[1], self.tile.block_v),)](
                     class_weight_ptr=None if self.class_weight is None else self.class_weight[part],
                     grad_logit_sum_ptr=grad_logit_sum,
                     dlogits_ptr=out_part,
@@ -268,7 +268,7 @@ class _LogitGrads:
         if num_targets == 0:
             return
         level, slope, grad_logit_sum, grad_target_logit = self.coefficients.of(tokens)
-        target_dlogits_kernel[(triton.cdiv(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
+        target_dlogits_kernel[(ceil_div(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
             target_row_ptr=self.target_row[tokens],
             target_logit_ptr=self.target_logit[tokens],
             class_weight_ptr=self.class_weight,
@@ -341,7 +341,7 @@ def local_grads(
     if num_targets > 1:
         # Every one of them writes the same dlogit.
         total = torch.empty_like(coefficients.grad_target_logit)
-        add_repeated_kernel[(triton.cdiv(total.numel(), _TARGET_LAUNCH["BLOCK_N"]),)](
+        add_repeated_kernel[(ceil_div(total.numel(), _TARGET_LAUNCH["BLOCK_N"]),)](
             target_row, coefficients.grad_target_logit, total, total.shape[0], num_targets, **_TARGET_LAUNCH
         )
         coefficients = coefficients._replace(grad_target_logit=total)

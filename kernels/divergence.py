@@ -21,7 +21,7 @@ from torch import Tensor
 from vocab_parallel_fused.divergence import dlogits_bound
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
-from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, slices, sweep_grads
+from vocab_parallel_fused.kernels.sweep import GradBuffers, ceil_div, scale_into_fp16, slices, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LN2,
     current_arch,
@@ -383,7 +383,7 @@ def local_joint_stats(a: Operands, b: Operands, *, cross: bool) -> PartStats:
     for rows, num_tiles in _chunks(T, V, tile, numbers_per_token=5):
         max_logit, sum_exp = torch.empty(2, num_tiles + 1, 2, T, dtype=torch.float32, device=device)
         sum_cross = torch.empty(num_tiles + 1, T, dtype=torch.float32, device=device) if cross else None
-        joint_stats_kernel[(triton.cdiv(T, tile.block_t) * num_tiles,)](
+        joint_stats_kernel[(ceil_div(T, tile.block_t) * num_tiles,)](
             partial_max_ptr=max_logit,
             partial_sum_exp_ptr=sum_exp,
             partial_cross_ptr=sum_cross,
@@ -408,7 +408,7 @@ def local_js_sums(a: Operands, b: Operands, max_logit: Tensor, log_sum_exp: Tens
     tile = narrowed(tile_config(arch, a.hidden.dtype, a.hidden.shape[0]))
     for rows, num_tiles in _chunks(T, V, tile, numbers_per_token=2):
         partial_sums = sums.new_empty(num_tiles, 2, T)
-        js_sums_kernel[(triton.cdiv(T, tile.block_t) * num_tiles,)](
+        js_sums_kernel[(ceil_div(T, tile.block_t) * num_tiles,)](
             max_ptr=max_logit,
             log_sum_exp_ptr=log_sum_exp,
             partial_sums_ptr=partial_sums,
@@ -440,7 +440,7 @@ def local_divergence_grads(
     grad = grad.contiguous()
 
     def write_dlogits(tokens: slice, rows: slice, out: Tensor) -> None:
-        num_tiles = triton.cdiv(out.shape[0], tile.block_t) * triton.cdiv(out.shape[1], tile.block_v)
+        num_tiles = ceil_div(out.shape[0], tile.block_t) * ceil_div(out.shape[1], tile.block_v)
         divergence_dlogits_kernel[(num_tiles,)](
             max_ptr=max_logit[:, tokens],
             log_sum_exp_ptr=log_sum_exp[:, tokens],
@@ -480,7 +480,7 @@ def _chunks(T: int, V: int, tile: TileConfig, *, numbers_per_token: int) -> Iter
     """Slices of rows whose partials fit the fixed buffer, and their numbers of tiles."""
     chunk_tiles = max(1, _PARTIAL_BYTES // (4 * T * numbers_per_token))
     for rows in slices(V, chunk_tiles * tile.block_v):
-        yield rows, -(-(rows.stop - rows.start) // tile.block_v)
+        yield rows, ceil_div(rows.stop - rows.start, tile.block_v)
 
 
 def _joint_kwargs(a: Operands, b: Operands, arch: str, tile: TileConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper import new_counters
 from vocab_parallel_fused.kernels.streams import MOST_PARTS, Fork, in_order_of_arrival
-from vocab_parallel_fused.kernels.sweep import slices
+from vocab_parallel_fused.kernels.sweep import ceil_div, slices
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
@@ -54,7 +54,7 @@ from vocab_parallel_fused.kernels.tiles import (
     whole_waves,
 )
 from vocab_parallel_fused.stats import PartStats, Wanted, empty_stats
-from vocab_parallel_fused.transform import Operands
+from vocab_parallel_fused.transform import Operands, part_of
 
 _PARTIAL_BYTES = 6 * 2**20 + 2**19
 # Small blocks of tokens, so that few tokens still occupy many processors; 64 are one of Hopper's matrix instructions.
@@ -363,14 +363,14 @@ class _Statistics:
         for tokens in groups[first:] + groups[:first]:
             num_tokens = tokens.stop - tokens.start
             most_partials = max(1, _PARTIAL_BYTES // (4 * num_tokens * num_wanted))
-            tiles_t = -(-num_tokens // block_t)
+            tiles_t = ceil_div(num_tokens, block_t)
             for part in (slice(0, self.num_kept), slice(self.num_kept, V)):
-                tiles_v = -(-(part.stop - part.start) // block_v)
+                tiles_v = ceil_div(part.stop - part.start, block_v)
                 if tiles_v == 0:
                     continue
                 # Hopper's kernel merges strips of tiles itself; else several launches keep the partials few.
-                strip, most = (-(-tiles_v // most_partials), tiles_v) if self.on_hopper else (1, most_partials)
-                most = min(most, -(-rows_per_copy(weight) // block_v))
+                strip, most = (ceil_div(tiles_v, most_partials), tiles_v) if self.on_hopper else (1, most_partials)
+                most = min(most, ceil_div(rows_per_copy(weight), block_v))
                 chunk = whole_waves(tiles_v, most, tiles_t, num_processors(hidden.device))
                 for rows in slices(part.stop, chunk * block_v, part.start):
                     yield tokens, rows, strip
@@ -380,8 +380,8 @@ class _Statistics:
         targets' logits before the first tiles that need their reference, or with the last. All hidden states have then
         arrived."""
         hidden = self.head.hidden
-        of_tokens = {name: None if field is None else field[tokens] for name, field in self.reduced.items()}
-        num_tokens, num_partials = tokens.stop - tokens.start, -(-(rows.stop - rows.start) // (strip * self.block[1]))
+        of_tokens = {name: None if field is None else part_of(field, tokens) for name, field in self.reduced.items()}
+        num_tokens, num_partials = tokens.stop - tokens.start, ceil_div(rows.stop - rows.start, strip * self.block[1])
         partials = _empty_partials(of_tokens, num_partials)
         block = self.head.block(slice(None), rows)
         block = block._replace(weight=aligned(block.weight))
@@ -391,7 +391,9 @@ class _Statistics:
             if self.cache is not None and rows.start == 0:
                 self.write_targets(part, part_hidden)
             here = slice(part.start - tokens.start, part.stop - tokens.start)
-            part_partials = {name: None if partial is None else partial[:, here] for name, partial in partials.items()}
+            part_partials = partials
+            if part != tokens:
+                part_partials = {name: None if field is None else field[:, here] for name, field in partials.items()}
             into: dict[str, Any] = {"stride_partial": num_tokens, **part_partials}
             self._launch_tiles(block._replace(hidden=part_hidden), part, rows, strip, into, counters)
 
@@ -404,7 +406,7 @@ class _Statistics:
                     if arrival is not None:
                         arrival.wait()
                     self.write_targets(slice(0, hidden.shape[0]), hidden)
-        merge_partials_kernel[(triton.cdiv(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
+        merge_partials_kernel[(ceil_div(num_tokens, _MERGE_LAUNCH["BLOCK_T"]),)](
             **partials,
             **{f"{name}_ptr": field for name, field in of_tokens.items()},
             num_partials=num_partials,
@@ -428,7 +430,7 @@ class _Statistics:
             hopper_tiles.launch_tiles(block, exps, next(counters), strip, reference_ptr=reference, **into)
         else:
             num_tokens, num_rows = block.hidden.shape[0], block.weight.shape[0]
-            tiles = triton.cdiv(num_tokens, self.tile.block_t) * triton.cdiv(num_rows, self.tile.block_v)
+            tiles = ceil_div(num_tokens, self.tile.block_t) * ceil_div(num_rows, self.tile.block_v)
             partial_stats_kernel[(tiles,)](
                 class_weight_ptr=None if self.class_weight is None else self.class_weight[rows],
                 exps_ptr=exps,
@@ -441,9 +443,15 @@ class _Statistics:
 
     def write_targets(self, tokens: slice, hidden: Tensor) -> None:
         """Write ``target_logit`` and ``owners``, and the cache's reference."""
-        of_targets = (self.target_row[tokens], self.stats.target_logit[tokens], self.stats.owners[tokens])
-        reference = None if self.cache is None else self.cache.reference[tokens]
-        _target_logits(self.head._replace(hidden=hidden), *of_targets, reference, self.arch, self.tile)
+        _target_logits(
+            self.head._replace(hidden=hidden),
+            part_of(self.target_row, tokens),
+            part_of(self.stats.target_logit, tokens),
+            part_of(self.stats.owners, tokens),
+            None if self.cache is None else part_of(self.cache.reference, tokens),
+            self.arch,
+            self.tile,
+        )
 
 
 def local_stats(
@@ -522,7 +530,7 @@ def _target_logits(
         target_row = target_row.new_full((target_row.shape[0], 1), -1)
         target_logit, owners = torch.empty(2, *target_row.shape, device=hidden.device)
     T, num_targets = target_row.shape
-    target_logit_kernel[(triton.cdiv(T * num_targets, _TARGET_BLOCK_T),)](
+    target_logit_kernel[(ceil_div(T * num_targets, _TARGET_BLOCK_T),)](
         hidden,
         weight,
         bias,

@@ -33,7 +33,7 @@ from vocab_parallel_fused.kernels.hopper import (
     store_descriptor,
 )
 from vocab_parallel_fused.kernels.streams import Fork
-from vocab_parallel_fused.kernels.sweep import matmul_into
+from vocab_parallel_fused.kernels.sweep import ceil_div, matmul_into
 from vocab_parallel_fused.kernels.tiles import current_arch, num_processors, tile_position
 
 # Where the last wave leaves so many processors idle, cuBLAS has a tile that fits better.
@@ -125,7 +125,7 @@ def takes(out: Tensor, a: Tensor, b: Tensor, *, beside: bool = False) -> bool:
     (M, N), processors = out.shape, num_processors(out.device)
     # Narrow tiles fill a last wave in halves.
     parts = BLOCK_N // _NARROW if beside else 1
-    waves = -(-(-(-M // BLOCK_M) * -(-N // BLOCK_N)) * parts // processors) / parts
+    waves = ceil_div(ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N) * parts, processors) / parts
     filled = M * N / (waves * processors * BLOCK_M * BLOCK_N) if waves else 0.0
     # The copy engine stores whole groups of 8 columns.
     return a.shape[1] > 0 and N % 8 == 0 and filled >= _LEAST_FILLED
@@ -145,9 +145,9 @@ def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None, *
     if not beside:
         _launch(out, a, b, row_scale, counters[0], BLOCK_N)
         return
-    # A message leaves a last wave that is not full. What is about one wave goes in narrow tiles, which spread over it.
-    blocks = -(-M // BLOCK_M)
-    wide = (blocks - min(-(-num_processors(out.device) // -(-N // BLOCK_N)), blocks // 2)) * BLOCK_M
+    # A message leaves a last wave that is not full. A third of a wave goes in narrow tiles, which spread over it.
+    blocks, blocks_of_a_third = ceil_div(M, BLOCK_M), ceil_div(num_processors(out.device), 3 * ceil_div(N, BLOCK_N))
+    wide = (blocks - min(blocks_of_a_third, blocks // 2)) * BLOCK_M
     with Fork(out.device) as fork:
         _launch(out[:wide], a[:wide], b, None if row_scale is None else row_scale[:wide], counters[0], BLOCK_N)
         if wide < M:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper_matmul
 from vocab_parallel_fused.kernels.configs import TileConfig
-from vocab_parallel_fused.kernels.sweep import matmul_into
+from vocab_parallel_fused.kernels.sweep import ceil_div, matmul_into
 from vocab_parallel_fused.kernels.tiles import (
     current_arch,
     log2_from,
@@ -258,7 +258,7 @@ def kept_dlogits(
     """
     num_tokens, rows = cache.exps.shape
     scale = torch.empty_like(cache.reference)
-    kept_scale_kernel[(triton.cdiv(num_tokens, _SCALE_LAUNCH["BLOCK_T"]),)](
+    kept_scale_kernel[(ceil_div(num_tokens, _SCALE_LAUNCH["BLOCK_T"]),)](
         max_logit,
         cache.max_logit,
         coefficients.level,
@@ -281,7 +281,7 @@ def rewrite_rows(head: Operands, max_logit: Tensor, level: Tensor, cache: ExpCac
     """Compute the rows that are marked, but for the targets' entries, from ``head``: all tokens, and the kept rows."""
     arch, num_tokens = current_arch(), cache.exps.shape[0]
     tile = _REWRITE_TILE_INTERPRETER if arch == "interpreter" else _REWRITE_TILE
-    rewrite_rows_kernel[(triton.cdiv(num_tokens, tile.block_t), _PROGRAMS_PER_TOKENS)](
+    rewrite_rows_kernel[(ceil_div(num_tokens, tile.block_t), _PROGRAMS_PER_TOKENS)](
         max_ptr=max_logit,
         level_ptr=level,
         reference_ptr=cache.reference,
@@ -296,7 +296,7 @@ def rewrite_product(dhidden: Tensor, weight: Tensor, cache: ExpCache) -> None:
     (T, V), H = cache.exps.shape, weight.shape[1]
     arch = current_arch()
     launch = _PRODUCT_LAUNCH_INTERPRETER if arch == "interpreter" else _PRODUCT_LAUNCH
-    rewritten_product_kernel[(triton.cdiv(T, launch["BLOCK_T"]), triton.cdiv(H, launch["BLOCK_H"]))](
+    rewritten_product_kernel[(ceil_div(T, launch["BLOCK_T"]), ceil_div(H, launch["BLOCK_H"]))](
         cache.exps,
         weight,
         cache.reference,
@@ -315,7 +315,7 @@ def rewrite_product(dhidden: Tensor, weight: Tensor, cache: ExpCache) -> None:
 def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
     """``out = scale[:, None] · matrix``."""
     N, H = matrix.shape
-    grid = (triton.cdiv(N, _ROWS_LAUNCH["BLOCK_N"]), triton.cdiv(H, _ROWS_LAUNCH["BLOCK_H"]))
+    grid = (ceil_div(N, _ROWS_LAUNCH["BLOCK_N"]), ceil_div(H, _ROWS_LAUNCH["BLOCK_H"]))
     strides = (matrix.stride(0), matrix.stride(1), out.stride(0))
     scale_rows_kernel[grid](matrix, scale, out, N, H, *strides, **_ROWS_LAUNCH)
 

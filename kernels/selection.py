@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
-from vocab_parallel_fused.kernels.sweep import even_block, slices
+from vocab_parallel_fused.kernels.sweep import ceil_div, even_block, slices
 from vocab_parallel_fused.kernels.tiles import current_arch, logits_tile, operand_kwargs, tile_position
 from vocab_parallel_fused.transform import Operands
 
@@ -154,7 +154,7 @@ def local_top_k(head: Operands, k: int, workspace_bytes: int) -> tuple[Tensor, T
     for rows in slices(V, block_v):
         for tokens in slices(T, block_t):
             logits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
-            num_tiles = triton.cdiv(logits.shape[0], tile.block_t) * triton.cdiv(logits.shape[1], tile.block_v)
+            num_tiles = ceil_div(logits.shape[0], tile.block_t) * ceil_div(logits.shape[1], tile.block_v)
             logits_kernel[(num_tiles,)](
                 logits_ptr=logits,
                 stride_logits_t=logits.stride(0),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.kernels.tiles import aligned
+from vocab_parallel_fused.transform import part_of
 
 # Of tokens that are launched in order of arrival: this rank's, and those before and after.
 MOST_PARTS = 3
@@ -85,7 +86,7 @@ def in_order_of_arrival(
         block_t: tokens of a tile.
     """
     if arrival is None:
-        launch(tokens, hidden[tokens])
+        launch(tokens, part_of(hidden, tokens))
         return
     own = slice(max(tokens.start, arrival.own.start), min(tokens.stop, arrival.own.stop))
     others = (slice(tokens.start, min(tokens.stop, own.start)), slice(max(tokens.start, own.stop), tokens.stop))

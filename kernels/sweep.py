@@ -74,13 +74,13 @@ class Blocks(NamedTuple):
 
 def even_block(total: int, largest: int, tile: int) -> int:
     """A multiple of ``tile`` that cuts ``total`` into nearly equal blocks: at most ``largest`` rounded up to it."""
-    num_tiles = max(1, _ceil_div(total, tile))
+    num_tiles = max(1, ceil_div(total, tile))
     tiles_per_block = num_tiles if largest >= total else max(1, largest // tile)
-    num_blocks = _ceil_div(num_tiles, tiles_per_block)
-    return _ceil_div(num_tiles, num_blocks) * tile
+    num_blocks = ceil_div(num_tiles, tiles_per_block)
+    return ceil_div(num_tiles, num_blocks) * tile
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -127,27 +127,27 @@ def plan_blocks(
 
     def product_columns(rows: int) -> int:
         """Columns of dweight ``[rows, H]`` that each processor computes, of ``tile_t`` rows."""
-        row_tiles = _ceil_div(rows, tile_t)
+        row_tiles = ceil_div(rows, tile_t)
         widths = (tile_v, 3 * tile_v // 4)
-        return min(width * _ceil_div(row_tiles * _ceil_div(H, width), processors) for width in widths)
+        return min(width * ceil_div(row_tiles * ceil_div(H, width), processors) for width in widths)
 
     def cost(blocks: Blocks) -> float:
         flops = launches = 0
         group_t, block_t, block_v = blocks
         for rows, count in ((block_v, V // block_v), (V % block_v, 1)):
             if rows > 0:
-                tiles = _ceil_div(block_t, tile_t) * _ceil_div(rows, tile_v)
-                per_row = H * tile_v * _ceil_div(tiles, processors) + block_t * product_columns(rows)
+                tiles = ceil_div(block_t, tile_t) * ceil_div(rows, tile_v)
+                per_row = H * tile_v * ceil_div(tiles, processors) + block_t * product_columns(rows)
                 flops += 2 * count * tile_t * processors * per_row
                 launches += 3 * count
-        num_groups, num_rows_blocks = _ceil_div(T, group_t), _ceil_div(V, block_v)
-        visits = num_groups * _ceil_div(group_t, block_t)
+        num_groups, num_rows_blocks = ceil_div(T, group_t), ceil_div(V, block_v)
+        visits = num_groups * ceil_div(group_t, block_t)
         traffic = 2 * dhidden_sum_bytes * T * H * (num_rows_blocks > 1) * num_rows_blocks
         traffic += 2 * 4 * V * H * num_groups
         return visits * (flops + launches * _FLOPS_PER_LAUNCH) + traffic * _FLOPS_PER_BYTE
 
     def candidates(num_groups: int) -> Iterator[Blocks]:
-        group_t = _ceil_div(_ceil_div(T, num_groups), tile_t) * tile_t
+        group_t = ceil_div(ceil_div(T, num_groups), tile_t) * tile_t
         block_t = even_block(min(group_t, T), min(largest[0], workspace_bytes // (bytes_per_logit * tile_v)), tile_t)
         needs_sum = not (dweight_takes_product and block_t >= T)
         bytes_per_row = block_t * bytes_per_logit + H * dweight_sum_bytes * needs_sum
@@ -156,15 +156,15 @@ def plan_blocks(
             rows = min(largest[1], budget // bytes_per_row)
             if rows < least_rows or (least_rows == V > 1 and not dhidden_takes_product):
                 continue
-            num_tiles = _ceil_div(V, tile_v) if rows >= V else max(1, rows // tile_v)
-            step = _ceil_div(num_tiles, _MOST_BLOCKS_COMPARED)
+            num_tiles = ceil_div(V, tile_v) if rows >= V else max(1, rows // tile_v)
+            step = ceil_div(num_tiles, _MOST_BLOCKS_COMPARED)
             for tiles in range(num_tiles, num_tiles // 2, -step):
                 yield Blocks(group_t, block_t, tiles * tile_v)
 
-    most_groups = min(_MOST_GROUPS, _ceil_div(T, tile_t)) if dweight_takes_sums and dhidden_sum_bytes else 1
+    most_groups = min(_MOST_GROUPS, ceil_div(T, tile_t)) if dweight_takes_sums and dhidden_sum_bytes else 1
     num_groups = [1 << i for i in range(most_groups.bit_length())]
     fitting = [blocks for groups in num_groups for blocks in candidates(groups)]
-    smallest = Blocks(_ceil_div(_ceil_div(T, num_groups[-1]), tile_t) * tile_t, tile_t, tile_v)
+    smallest = Blocks(ceil_div(ceil_div(T, num_groups[-1]), tile_t) * tile_t, tile_t, tile_v)
     return min(fitting, key=cost, default=smallest)
 
 
@@ -246,12 +246,12 @@ def sweep_grads(
             largest=largest,
             processors=processors,
         )
-        # A product worth the name should come after dhidden is complete, and if there are two, one before hidden states
-        # have arrived.
+        # A full block comes last, so that its product for dweight hides dhidden's message; a second one, if there is,
+        # first, where it hides the arrival of hidden states. What is left over is between them.
         aligned = max(num_kept, V - V % _GEMM_ROWS)
         wide = [*slices(aligned, blocks.block_v, num_kept)]
-        before = wide[:1] if len(wide) > 1 else []
-        row_blocks = [*before, *slices(V, _GEMM_ROWS, aligned), *wide[len(before) :]]
+        wide[-2:] = reversed(wide[-2:])
+        row_blocks = [*wide[:-1], *slices(V, _GEMM_ROWS, aligned), *wide[-1:]]
         groups = [*slices(T, blocks.group_t)]
         first_group = min(first_token, T - 1) // blocks.group_t
         hidden_in_place = takes_sums[0] or (takes_product[0] and len(row_blocks) == 1 and kept is None)

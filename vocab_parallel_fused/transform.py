@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
@@ -76,5 +78,10 @@ class Operands(NamedTuple):
 
     def block(self, tokens: slice, rows: slice) -> Operands:
         """The operands of some tokens and rows."""
-        bias = None if self.bias is None else self.bias[rows]
-        return Operands(self.hidden[tokens], self.weight[rows], bias, self.transform)
+        bias = None if self.bias is None else part_of(self.bias, rows)
+        return Operands(part_of(self.hidden, tokens), part_of(self.weight, rows), bias, self.transform)
+
+
+def part_of(tensor: Tensor, part: slice) -> Tensor:
+    """``tensor[part]``. Mostly that is all of it, and a view would take the host some of the time of a launch."""
+    return tensor if part in (_ALL, slice(0, tensor.shape[0])) else tensor[part]
