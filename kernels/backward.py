@@ -310,7 +310,8 @@ class _LogitGrads:
             rewrite()
         else:
             self.write_targets(slice(None), 0, values, scale)
-        matmul = functools.partial(scaled_matmul, beside=arrival is not None)
+        message_bytes = 0 if arrival is None else head.hidden.nbytes - arrival.hidden.nbytes
+        matmul = functools.partial(scaled_matmul, message_bytes=message_bytes)
         return KeptDlogits(values, scale, scale_rows, matmul, complete)
 
 
@@ -380,6 +381,6 @@ def local_grads(
         largest=(hidden.shape[0], weight.shape[0]),
         processors=num_processors(hidden.device),
         kept=kept,
-        matmul_beside=matmul_beside,
+        matmul_beside=functools.partial(matmul_beside, message_bytes=buffers.message_bytes),
         first_token=first_token,
     )

@@ -10,6 +10,7 @@ torch merges; ``divergence_dlogits_kernel`` writes a block of the student's logi
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -465,7 +466,7 @@ def local_divergence_grads(
         workspace_bytes=workspace_bytes,
         tile=(tile.block_t, tile.block_v),
         largest=(student.hidden.shape[0], student.weight.shape[0]),
-        matmul_beside=matmul_beside,
+        matmul_beside=functools.partial(matmul_beside, message_bytes=buffers.message_bytes),
     )
 
 

@@ -39,6 +39,9 @@ from vocab_parallel_fused.kernels.tiles import current_arch, num_processors, til
 # Where the last wave leaves so many processors idle, cuBLAS has a tile that fits better.
 _LEAST_FILLED = 0.9
 _NARROW = BLOCK_N // 2
+# What a message keeps processors from for each byte that is sent, counted in operations of the matrix units: on an H200
+# NCCL holds 24 SMs for 0.17 ms to send 32 MiB.
+_FLOPS_PER_BYTE = 760
 
 
 @gluon.jit
@@ -131,26 +134,20 @@ def takes(out: Tensor, a: Tensor, b: Tensor, *, beside: bool = False) -> bool:
     return a.shape[1] > 0 and N % 8 == 0 and filled >= _LEAST_FILLED
 
 
-def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None, *, beside: bool = False) -> None:
+def matmul(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None, message_bytes: int = 0) -> None:
     """``out = row_scale[:, None] · (a @ b)``, rounded once.
 
     Args:
         out: ``[M, N]`` in the operands' dtype or fp32.
         a, b: ``[M, K]`` and ``[K, N]``, either a transpose or not.
         row_scale: ``[M]`` fp32; None: 1.
-        beside: a message shares the device.
+        message_bytes: of a message that shares the device.
     """
-    M, N = out.shape
     counters = new_counters(out.device, 2)
-    if not beside:
-        _launch(out, a, b, row_scale, counters[0], BLOCK_N)
-        return
-    # A message leaves a last wave that is not full. A third of a wave goes in narrow tiles, which spread over it.
-    blocks, blocks_of_a_third = ceil_div(M, BLOCK_M), ceil_div(num_processors(out.device), 3 * ceil_div(N, BLOCK_N))
-    wide = (blocks - min(blocks_of_a_third, blocks // 2)) * BLOCK_M
+    wide = out.shape[0] - _narrow_rows(out, a.shape[1], message_bytes)
     with Fork(out.device) as fork:
         _launch(out[:wide], a[:wide], b, None if row_scale is None else row_scale[:wide], counters[0], BLOCK_N)
-        if wide < M:
+        if wide < out.shape[0]:
             with fork.aside():
                 _launch(out[wide:], a[wide:], b, None if row_scale is None else row_scale[wide:], counters[1], _NARROW)
 
@@ -175,10 +172,23 @@ def _launch(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None, counter
     )
 
 
-def matmul_beside(out: Tensor, a: Tensor, b: Tensor) -> None:
+def _narrow_rows(out: Tensor, K: int, message_bytes: int) -> int:
+    """How many of the last rows to take in narrow tiles: a third of a wave, which spread over a last one that is not
+    full, if a message makes a wave more."""
+    (M, N), processors = out.shape, num_processors(out.device)
+    blocks_m, blocks_n = ceil_div(M, BLOCK_M), ceil_div(N, BLOCK_N)
+    tiles = blocks_m * blocks_n
+    tiles_of_message = ceil_div(_FLOPS_PER_BYTE * message_bytes, 2 * BLOCK_M * BLOCK_N * K)
+    if ceil_div(tiles + tiles_of_message, processors) == ceil_div(tiles, processors):
+        return 0
+    narrow = min(ceil_div(processors, 3 * blocks_n), blocks_m // 2)
+    return max(0, M - (blocks_m - narrow) * BLOCK_M)
+
+
+def matmul_beside(out: Tensor, a: Tensor, b: Tensor, *, message_bytes: int) -> None:
     """As :func:`matmul_into`, for a product beside a message."""
     if takes(out, a, b, beside=True):
-        matmul(out, a, b, beside=True)
+        matmul(out, a, b, message_bytes=message_bytes)
     else:
         matmul_into(out, a, b)
 

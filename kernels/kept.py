@@ -191,28 +191,29 @@ def rewritten_product_kernel(
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     marked = tl.load(reference_ptr + offs_t, mask=offs_t < T, other=0.0) == float("inf")
     if tl.max(marked.to(tl.int32), axis=0) > 0:
-        offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        product = rows_product(
-            dlogits_ptr,
-            weight_ptr,
-            tl.minimum(offs_t, T - 1),
-            tl.minimum(offs_h, H - 1),
-            V,
-            stride_dlogits_t,
-            1,
-            stride_weight_h,
-            stride_weight_v,
-            BLOCK_T,
-            BLOCK_H,
-            BLOCK_V,
-            PRECISION,
-            1,
-        )
-        tl.store(
-            out_ptr + offs_t.to(tl.int64)[:, None] * stride_out_t + offs_h[None, :],
-            product.to(out_ptr.dtype.element_ty),
-            mask=marked[:, None] & (offs_h < H)[None, :],
-        )
+        for off_h in range(tl.program_id(1) * BLOCK_H, H, tl.num_programs(1) * BLOCK_H):
+            offs_h = off_h + tl.arange(0, BLOCK_H)
+            product = rows_product(
+                dlogits_ptr,
+                weight_ptr,
+                tl.minimum(offs_t, T - 1),
+                tl.minimum(offs_h, H - 1),
+                V,
+                stride_dlogits_t,
+                1,
+                stride_weight_h,
+                stride_weight_v,
+                BLOCK_T,
+                BLOCK_H,
+                BLOCK_V,
+                PRECISION,
+                1,
+            )
+            tl.store(
+                out_ptr + offs_t.to(tl.int64)[:, None] * stride_out_t + offs_h[None, :],
+                product.to(out_ptr.dtype.element_ty),
+                mask=marked[:, None] & (offs_h < H)[None, :],
+            )
 
 
 @triton.jit
@@ -296,7 +297,7 @@ def rewrite_product(dhidden: Tensor, weight: Tensor, cache: ExpCache) -> None:
     (T, V), H = cache.exps.shape, weight.shape[1]
     arch = current_arch()
     launch = _PRODUCT_LAUNCH_INTERPRETER if arch == "interpreter" else _PRODUCT_LAUNCH
-    rewritten_product_kernel[(ceil_div(T, launch["BLOCK_T"]), ceil_div(H, launch["BLOCK_H"]))](
+    rewritten_product_kernel[(ceil_div(T, launch["BLOCK_T"]), _PROGRAMS_PER_TOKENS)](
         cache.exps,
         weight,
         cache.reference,
@@ -320,10 +321,10 @@ def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
     scale_rows_kernel[grid](matrix, scale, out, N, H, *strides, **_ROWS_LAUNCH)
 
 
-def scaled_matmul(out: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, *, beside: bool = False) -> None:
-    """``out = scale[:, None] · (values @ matrix)``; ``beside``: a message shares the device."""
-    if hopper_matmul.takes(out, values, matrix, beside=beside):
-        hopper_matmul.matmul(out, values, matrix, scale, beside=beside)
+def scaled_matmul(out: Tensor, values: Tensor, matrix: Tensor, scale: Tensor, *, message_bytes: int = 0) -> None:
+    """``out = scale[:, None] · (values @ matrix)``, beside a message of so many bytes."""
+    if hopper_matmul.takes(out, values, matrix, beside=message_bytes > 0):
+        hopper_matmul.matmul(out, values, matrix, scale, message_bytes)
     else:
         matmul_into(out, values, matrix)
         scale_rows(out, scale, out)

@@ -51,6 +51,8 @@ class GradBuffers(NamedTuple):
     accumulate_dweight: bool
     dhidden_ready: Callable[[], None] | None = None
     """Called as soon as dhidden is complete, a product for dweight being still to come; None: nobody waits for it."""
+    message_bytes: int = 0
+    """What this rank then sends, beside that product."""
 
 
 class KeptDlogits(NamedTuple):
@@ -202,7 +204,7 @@ def sweep_grads(
     """
     hidden, weight, *_ = head
     (T, H), V = hidden.shape, weight.shape[0]
-    dhidden, dweight, dbias, accumulate_dweight, _ = buffers
+    dhidden, dweight, dbias, accumulate_dweight, *_ = buffers
     dtype = torch.promote_types(dlogits_dtype, torch.float32)
     num_kept = 0 if kept is None else kept.values.shape[1]
     if T == 0 or V == 0:

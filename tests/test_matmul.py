@@ -1,5 +1,6 @@
 """Hopper's product of matrices, on the GPU that has it; when it is taken, anywhere."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,9 +40,9 @@ def test_product(M: int, N: int, K: int, transposed: tuple[bool, bool], dtype: t
     scale = torch.rand(M, device="cuda") * 2 - 1
     around = torch.full((M + 2, N + 8), 7.0, dtype=out_dtype, device="cuda")
     out = around[1:-1, :N]
-    for row_scale, beside in ((None, False), (scale, False), (None, True), (scale, True)):
+    for row_scale, message_bytes in product((None, scale), (0, 2**40)):
         out.fill_(torch.nan)
-        matmul(out, a, b, row_scale, beside=beside)
+        matmul(out, a, b, row_scale, message_bytes)
         expected = a.double() @ b.double()
         size = a.double().abs() @ b.double().abs()
         if row_scale is not None:
@@ -62,43 +63,63 @@ def test_same_bits_as_cublas_beside_another_kernel() -> None:
     expected = a @ b
     other = torch.randn(64, 4096, 4096, device="cuda")
     side = torch.cuda.Stream()
-    for beside in (False, True) * 4:
+    for message_bytes in (0, 2**40) * 4:
         out = torch.empty_like(expected)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             other.mul_(1.5).sin_()
-        matmul(out, a, b, beside=beside)
+        matmul(out, a, b, message_bytes=message_bytes)
         torch.cuda.synchronize()
         assert torch.equal(out, expected)
 
 
 @needs_hopper
 def test_takes_what_fills_the_processors() -> None:
-    def product(M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    def operands(M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
         return (
             torch.empty(M, N, dtype=dtype, device="cuda"),
             torch.empty(M, K, dtype=dtype, device="cuda"),
             torch.empty(K, N, dtype=dtype, device="cuda"),
         )
 
-    out, a, b = product(8192, 4096, 16032)
+    out, a, b = operands(8192, 4096, 16032)
     assert takes(out, a, b)
     assert takes(out.float(), a, b)
     assert not takes(out.half(), a, b)
     assert not takes(out, a[:, 1:], b[1:])
     assert not takes(out, a[:, ::2], b[::2])
-    assert not takes(*product(8192, 4096, 16032, torch.float32))
-    assert not takes(*product(8192, 2304, 4096))  # five waves, of which the last is a third
-    assert takes(*product(8192, 2304, 4096), beside=True)
-    assert not takes(*product(0, 4096, 64))
-    assert not takes(*product(8192, 4096, 0))
+    assert not takes(*operands(8192, 4096, 16032, torch.float32))
+    assert not takes(*operands(8192, 2304, 4096))  # five waves, of which the last is a third
+    assert takes(*operands(8192, 2304, 4096), beside=True)
+    assert not takes(*operands(0, 4096, 64))
+    assert not takes(*operands(8192, 4096, 0))
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "sent_mib", "narrow"),
+    [
+        (8192, 16032, 0, 0),
+        (8192, 16032, 32, 0),  # 7.76 waves of long tiles and a message of 0.18
+        (8192, 8016, 32, 384),  # 0.37 of shorter ones
+        (8016, 8192, 32, 0),
+        (7840, 8192, 32, 0),
+        (7840, 8192, 64, 288),
+        (16032, 8192, 32, 0),
+        (100, 8192, 2**20, 0),  # one block
+    ],
+)
+def test_narrow_tiles_where_a_message_makes_a_wave_more(
+    M: int, K: int, sent_mib: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopper_matmul, "num_processors", lambda _: 132)
+    assert hopper_matmul._narrow_rows(torch.empty(M, 4096, device="meta"), K, sent_mib * 2**20) == narrow
 
 
 def test_elsewhere_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_matmul, "current_arch", lambda: "sm_80")
     a, b, scale = torch.randn(5, 7), torch.randn(7, 3), torch.randn(5)
     out = torch.empty(5, 3)
-    matmul_beside(out, a, b)
+    matmul_beside(out, a, b, message_bytes=2**40)
     assert torch.equal(out, a @ b)
     monkeypatch.setattr(kept, "scale_rows", lambda matrix, scale, out: torch.mul(matrix, scale[:, None], out=out))
     kept.scaled_matmul(out, a, b, scale)

@@ -39,6 +39,7 @@ from vocab_parallel_fused.collectives import (
     rank_and_size,
     reduce_hidden_grad,
     reduce_sums,
+    reduction_bytes,
 )
 from vocab_parallel_fused.dispatch import Kernels
 from vocab_parallel_fused.divergence import Divergence, kl_divergence
@@ -363,6 +364,7 @@ def _head_grads(
             None if dbias is None else dbias[:rows],
             accumulate_dweight=plan.main_grad is not None,
             dhidden_ready=reduce_dhidden if several_ranks else None,
+            message_bytes=reduction_bytes(full_hidden, plan.group, sequence_parallel=plan.sequence_parallel),
         )
         try:
             local_grads(plan.operands(full_hidden, weight, bias), buffers, arrival)

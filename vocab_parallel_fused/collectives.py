@@ -192,6 +192,13 @@ def reduce_hidden_grad(
     return finish
 
 
+def reduction_bytes(hidden: Tensor, group: ProcessGroup | None, *, sequence_parallel: bool) -> int:
+    """What a rank sends in :func:`reduce_hidden_grad` of ``[T, H]`` hidden states, in a ring: all parts but one, for an
+    all-reduce twice."""
+    _, world_size = rank_and_size(group)
+    return hidden.nbytes // world_size * (world_size - 1) * (1 if sequence_parallel else 2)
+
+
 @contextmanager
 def _beside(device: torch.device) -> Iterator[tuple[Callable[[], None], torch.cuda.Stream | None]]:
     """Let the messages inside run at a time with what is launched next.
