@@ -17,10 +17,10 @@ from torch import Tensor
 from vocab_parallel_fused.kernels.sweep import ceil_div
 from vocab_parallel_fused.stats import DIGIT, DlogitsCoefficients, PartStats, TokenLoss
 
-# One program adds up all tokens, so that the sum has one order.
-_LOSS_LAUNCH: dict[str, Any] = {"BLOCK_T": 4096, "num_warps": 16}
+_LOSS_LAUNCH: dict[str, Any] = {"BLOCK_T": 1024, "num_warps": 8}
 _GRADS_LAUNCH: dict[str, Any] = {"BLOCK_T": 512}
 _DIGIT = tl.constexpr(DIGIT)
+_BLOCK_SUMS = tl.constexpr(128)  # of programs that are added up at a time
 
 
 @triton.jit
@@ -39,6 +39,8 @@ def token_loss_kernel(
     num_valid_ptr,  # [] out
     covered_ptr,  # [] int32 out: 1 if every valid target has one owner, and the parts have all classes
     num_classes_ptr,  # [] int64 out, or None if there are no digits
+    sums_ptr,  # [3, programs] scratch: loss, valid and badly owned tokens of each, or None if there is one program
+    counter_ptr,  # [] int32, 0: programs that have left their sums, or None
     P,
     T,
     stride_part,
@@ -47,53 +49,87 @@ def token_loss_kernel(
     MEAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    total = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    num_valid = tl.zeros((BLOCK_T,), dtype=tl.int32)
-    num_bad = tl.zeros((BLOCK_T,), dtype=tl.int32)
-    for first in range(0, T, BLOCK_T):
-        offs_t = first + tl.arange(0, BLOCK_T)
-        mask_t = offs_t < T
-        valid = mask_t & (tl.load(target_ptr + offs_t, mask=mask_t, other=0) != ignore_index)
-        maximum = tl.load(part_max_ptr + offs_t, mask=mask_t, other=0.0)
-        for part in range(1, P):
-            part_max = tl.load(part_max_ptr + part * stride_part + offs_t, mask=mask_t, other=0.0)
-            maximum = tl.maximum(maximum, part_max, propagate_nan=tl.PropagateNan.ALL)
-        # Where every class is −inf, −inf − −inf would make a NaN.
-        finite = tl.where(maximum == -float("inf"), 0.0, maximum)
-        sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
-        target_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
-        owners = tl.zeros((BLOCK_T,), dtype=tl.float32)
-        for part in range(P):
-            offs = part * stride_part + offs_t
-            part_max = tl.load(part_max_ptr + offs, mask=mask_t, other=0.0)
-            sum_exp += tl.load(part_sum_exp_ptr + offs, mask=mask_t, other=1.0) * tl.exp(part_max - finite)
-            target_logit += tl.load(part_target_logit_ptr + offs, mask=mask_t, other=0.0)
-            owners += tl.load(part_owners_ptr + offs, mask=mask_t, other=0.0)
-        tl.store(max_ptr + offs_t, maximum, mask=mask_t)
-        tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_t)
-        tl.store(owners_ptr + offs_t, owners, mask=mask_t)
-        difference = target_logit - maximum
-        # Another order of products may have rounded the target above the largest logit.
-        difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        loss = tl.where(valid, tl.log(sum_exp) - difference, 0.0)
-        if loss_ptr is not None:
-            tl.store(loss_ptr + offs_t, loss, mask=mask_t)
-        total += loss
-        num_valid += valid.to(tl.int32)
-        num_bad += (valid & (owners != 1.0)).to(tl.int32)
-    count = tl.maximum(tl.sum(num_valid), 1).to(tl.float32)
-    if total_ptr is not None:
-        tl.store(total_ptr, tl.div_rn(tl.sum(total), count) if MEAN else tl.sum(total))
-    tl.store(num_valid_ptr, count)
-    covered = tl.sum(num_bad) == 0
-    if rows_ptr is not None:
-        num_classes = tl.zeros((), dtype=tl.int64)
-        for part in range(P):
-            high = tl.load(rows_ptr + part * stride_part).to(tl.int64)
-            num_classes += high * _DIGIT + tl.load(rows_ptr + part * stride_part + 1).to(tl.int64)
-        tl.store(num_classes_ptr, num_classes)
-        covered &= num_classes == vocab_size
-    tl.store(covered_ptr, covered.to(tl.int32))
+    pid_t = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    valid = mask_t & (tl.load(target_ptr + offs_t, mask=mask_t, other=0) != ignore_index)
+    maximum, sum_exp, target_logit, owners = _merge_parts(  # pyright: ignore[reportGeneralTypeIssues]
+        part_max_ptr, part_sum_exp_ptr, part_target_logit_ptr, part_owners_ptr, offs_t, mask_t, P, stride_part, BLOCK_T
+    )
+    tl.store(max_ptr + offs_t, maximum, mask=mask_t)
+    tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_t)
+    tl.store(owners_ptr + offs_t, owners, mask=mask_t)
+    difference = target_logit - maximum
+    # Another order of products may have rounded the target above the largest logit.
+    difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    loss = tl.where(valid, tl.log(sum_exp) - difference, 0.0)
+    if loss_ptr is not None:
+        tl.store(loss_ptr + offs_t, loss, mask=mask_t)
+
+    total = tl.sum(loss)
+    num_valid = tl.sum(valid.to(tl.float32))
+    num_bad = tl.sum((valid & (owners != 1.0)).to(tl.float32))
+    is_last = True
+    if counter_ptr is not None:
+        tl.store(sums_ptr + pid_t, total)
+        tl.store(sums_ptr + num_programs + pid_t, num_valid)
+        tl.store(sums_ptr + 2 * num_programs + pid_t, num_bad)
+        # All threads have stored before one says so.
+        tl.debug_barrier()
+        is_last = tl.atomic_add(counter_ptr, 1) == num_programs - 1
+    if is_last:
+        if counter_ptr is not None:
+            # In the order of the programs, whichever came last.
+            total = _sum_of_programs(sums_ptr, num_programs)
+            num_valid = _sum_of_programs(sums_ptr + num_programs, num_programs)
+            num_bad = _sum_of_programs(sums_ptr + 2 * num_programs, num_programs)
+        count = tl.maximum(num_valid, 1.0)
+        if total_ptr is not None:
+            tl.store(total_ptr, tl.div_rn(total, count) if MEAN else total)
+        tl.store(num_valid_ptr, count)
+        covered = num_bad == 0
+        if rows_ptr is not None:
+            num_classes = tl.zeros((), dtype=tl.int64)
+            for part in range(P):
+                high = tl.load(rows_ptr + part * stride_part).to(tl.int64)
+                num_classes += high * _DIGIT + tl.load(rows_ptr + part * stride_part + 1).to(tl.int64)
+            tl.store(num_classes_ptr, num_classes)
+            covered &= num_classes == vocab_size
+        tl.store(covered_ptr, covered.to(tl.int32))
+
+
+@triton.jit
+def _merge_parts(
+    max_ptr, sum_exp_ptr, target_logit_ptr, owners_ptr, offs_t, mask_t, P, stride_part, BLOCK_T: tl.constexpr
+):
+    """[BLOCK_T] each, of the whole vocabulary."""
+    maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
+    for part in range(1, P):
+        part_max = tl.load(max_ptr + part * stride_part + offs_t, mask=mask_t, other=0.0)
+        maximum = tl.maximum(maximum, part_max, propagate_nan=tl.PropagateNan.ALL)
+    # Where every class is −inf, −inf − −inf would make a NaN.
+    finite = tl.where(maximum == -float("inf"), 0.0, maximum)
+    sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    target_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    owners = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    for part in range(P):
+        offs = part * stride_part + offs_t
+        part_max = tl.load(max_ptr + offs, mask=mask_t, other=0.0)
+        sum_exp += tl.load(sum_exp_ptr + offs, mask=mask_t, other=1.0) * tl.exp(part_max - finite)
+        target_logit += tl.load(target_logit_ptr + offs, mask=mask_t, other=0.0)
+        owners += tl.load(owners_ptr + offs, mask=mask_t, other=0.0)
+    return maximum, sum_exp, target_logit, owners
+
+
+@triton.jit
+def _sum_of_programs(ptr, num_programs):
+    total = tl.zeros((_BLOCK_SUMS,), dtype=tl.float32)
+    for first in range(0, num_programs, _BLOCK_SUMS):
+        offs = first + tl.arange(0, _BLOCK_SUMS)
+        # From where the other programs' stores are seen.
+        total += tl.load(ptr + offs, mask=offs < num_programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
 
 
 @triton.jit
@@ -130,7 +166,12 @@ def token_loss(
     max_logit, sum_exp, owners = (loss.new_empty(T) for _ in range(3))
     num_valid, covered = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
     num_classes = None if rows is None else loss.new_empty((), dtype=torch.int64)
-    token_loss_kernel[(1,)](
+    num_programs = ceil_div(T, _LOSS_LAUNCH["BLOCK_T"])
+    sums = counter = None
+    if num_programs > 1:
+        sums = loss.new_empty(3, num_programs)
+        counter = torch.zeros((), dtype=torch.int32, device=loss.device)
+    token_loss_kernel[(max(1, num_programs),)](
         parts.max_logit,
         parts.sum_exp,
         parts.target_logit,
@@ -145,6 +186,8 @@ def token_loss(
         num_valid,
         covered,
         num_classes,
+        sums,
+        counter,
         P,
         T,
         # Of several parts all fields are in the same messages.

@@ -113,10 +113,15 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         for prefix in ("", "partial_"):
             constants |= _absent([prefix + name for name in merged], [prefix + name for name in present])
         compiler.build(forward.merge_partials_kernel, TYPES, constants, {}, f"{first=}")
-    token_types = TYPES | {"target_ptr": "*i64", "covered_ptr": "*i32", "num_classes_ptr": "*i64"}
+    token_types = TYPES | {
+        "target_ptr": "*i64",
+        "covered_ptr": "*i32",
+        "num_classes_ptr": "*i64",
+        "counter_ptr": "*i32",
+    }
     loss_launch = dict(tokens._LOSS_LAUNCH)
     options = {"num_warps": loss_launch.pop("num_warps")}
-    for absent in (("loss_ptr",), ("total_ptr", "rows_ptr", "num_classes_ptr")):
+    for absent in (("loss_ptr",), ("total_ptr", "rows_ptr", "num_classes_ptr", "sums_ptr", "counter_ptr")):
         constants = loss_launch | {"MEAN": "loss_ptr" in absent} | dict.fromkeys(absent)
         compiler.build(tokens.token_loss_kernel, token_types, constants, options, "")
     compiler.build(tokens.token_loss_grads_kernel, token_types, tokens._GRADS_LAUNCH, {}, "")

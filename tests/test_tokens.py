@@ -61,6 +61,25 @@ def test_implementations_agree(reduction: Reduction, num_parts: int, device: tor
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
 
 
+def test_sums_of_many_programs(device: torch.device) -> None:
+    """Whichever of them comes last: more than are added up at a time, and the same bits in every run."""
+    tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
+    num_tokens = tokens._LOSS_LAUNCH["BLOCK_T"] * (tokens._BLOCK_SUMS.value + 2) - 3
+    generator = torch.Generator().manual_seed(0)
+    max_logit, sum_exp = torch.randn(num_tokens, generator=generator), torch.ones(num_tokens)
+    target_logit = max_logit - torch.rand(num_tokens, generator=generator)
+    fields = [field.to(device) for field in (max_logit, sum_exp, target_logit, sum_exp)]
+    parts = PartStats(fields[0][None], fields[1][None], fields[2][None, :, None], fields[3][None, :, None])
+    target = torch.zeros(num_tokens, 1, dtype=torch.int64, device=device)
+    target[:7] = -100
+    expected = (max_logit - target_logit)[7:].double().sum()
+    losses = [tokens.token_loss(parts, None, target, 100, -100, "sum") for _ in range(3)]
+    torch.testing.assert_close(losses[0].loss.double().cpu(), expected, rtol=1e-6, atol=0)
+    assert losses[0].num_valid == num_tokens - 7
+    assert losses[0].covered
+    assert all(torch.equal(loss.loss, losses[0].loss) for loss in losses)
+
+
 @pytest.mark.parametrize("owners", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("token", [0, 1, T - 1])
 def test_targets_without_one_owner(owners: float, token: int, device: torch.device) -> None:
