@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused import ComputeOptions, collectives, linear_cross_entropy
 from vocab_parallel_fused.kernels import sweep
 from vocab_parallel_fused.testing import (
     Problem,
@@ -97,6 +97,21 @@ def test_without_mixed_precision_products(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sweep, "_has_mixed_gemm", lambda *_: False)
     actual = gradients(per_token(problem, workspace_bytes=200_000), problem)
     assert_within_error_budget(actual, full_logits_results(problem), full_logits_results(problem.to(torch.float64)))
+
+
+def test_messages_come_after_what_they_send_and_before_what_needs_them() -> None:
+    """On a stream of their own. Each step is late, so that one which does not wait for it finds something else."""
+    device, sleep = torch.device("cuda"), 20_000_000  # cycles, some 10 ms
+    sent, received = torch.zeros(2, 1000, device=device)
+    torch.cuda._sleep(sleep)
+    sent.fill_(1.0)
+    with collectives._beside(device) as (join, side):
+        assert torch.cuda.current_stream() == side
+        torch.cuda._sleep(sleep)
+        received.copy_(sent)
+    join()
+    received += 1
+    assert (received == 2).all()
 
 
 def test_float32_follows_the_precision_of_torch() -> None:
