@@ -41,7 +41,7 @@ _LEAST_FILLED = 0.9
 _NARROW = BLOCK_N // 2
 # What a message keeps processors from for each byte that is sent, counted in operations of the matrix units: on an H200
 # NCCL holds 24 SMs for 0.17 ms to send 32 MiB.
-_FLOPS_PER_BYTE = 760
+_FLOPS_PER_BYTE_SENT = 760
 
 
 @gluon.jit
@@ -178,7 +178,7 @@ def _narrow_rows(out: Tensor, K: int, message_bytes: int) -> int:
     (M, N), processors = out.shape, num_processors(out.device)
     blocks_m, blocks_n = ceil_div(M, BLOCK_M), ceil_div(N, BLOCK_N)
     tiles = blocks_m * blocks_n
-    tiles_of_message = ceil_div(_FLOPS_PER_BYTE * message_bytes, 2 * BLOCK_M * BLOCK_N * K)
+    tiles_of_message = ceil_div(_FLOPS_PER_BYTE_SENT * message_bytes, 2 * BLOCK_M * BLOCK_N * K)
     if ceil_div(tiles + tiles_of_message, processors) == ceil_div(tiles, processors):
         return 0
     narrow = min(ceil_div(processors, 3 * blocks_n), blocks_m // 2)

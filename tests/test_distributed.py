@@ -267,6 +267,15 @@ def test_own_part_of_a_gather() -> None:
     run_on_ranks(own_part_of_a_gather, 3)
 
 
+@pytest.mark.parametrize(("world_size", "scattered", "reduced"), [(1, 0, 0), (2, 32, 64), (8, 56, 112)])
+def test_bytes_of_a_reduction(world_size: int, scattered: int, reduced: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 bytes in a ring."""
+    monkeypatch.setattr(vpf_collectives, "rank_and_size", lambda _: (0, world_size))
+    hidden = torch.empty(8, 4, dtype=torch.bfloat16)
+    assert vpf_collectives.reduction_bytes(hidden, None, sequence_parallel=True) == scattered
+    assert vpf_collectives.reduction_bytes(hidden, None, sequence_parallel=False) == reduced
+
+
 def count_collectives(
     group: ProcessGroup, sequence_parallel: bool, combine: Combine, keep: bool = False
 ) -> tuple[list[str], list[str]]:
