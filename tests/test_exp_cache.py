@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy, linear_token_stats
+from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.testing import (
     PeakBytes,
     Problem,
@@ -211,6 +212,21 @@ def test_losses_that_are_no_multiple_of_probabilities(device: torch.device) -> N
     for plain, kept in zip(results[:half], results[half:], strict=True):
         for a, b in zip(plain, kept, strict=True):
             assert max_error(b, a) < 2e-5
+
+
+def test_rows_of_dhidden_computed_anew(device: torch.device) -> None:
+    """Those that are marked, and of these all columns: more than programs take at a time."""
+    kept = pytest.importorskip("vocab_parallel_fused.kernels.kept")
+    launch = kept._PRODUCT_LAUNCH if device.type == "cuda" else kept._PRODUCT_LAUNCH_INTERPRETER
+    columns = launch["BLOCK_H"] * (kept._PROGRAMS_PER_TOKENS + 1) + 5
+    dlogits, weight = (torch.randn(rows, size, device=device) for rows, size in ((T, V), (V, columns)))
+    reference = torch.zeros(T, device=device)
+    reference[[3, 66]] = torch.inf
+    dhidden = torch.full((T, columns), 7.0, device=device)
+    kept.rewrite_product(dhidden, weight, ExpCache(dlogits, reference, reference))
+    expected = torch.full((T, columns), 7.0, dtype=torch.float64, device=device)
+    expected[[3, 66]] = (dlogits.double() @ weight.double())[[3, 66]]
+    torch.testing.assert_close(dhidden.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_second_backward(device: torch.device) -> None:
