@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vocab_parallel_fused.kernels.sweep import ceil_div
 from vocab_parallel_fused.stats import DIGIT, DlogitsCoefficients, PartStats, TokenLoss
 
 _LOSS_LAUNCH: dict[str, Any] = {"BLOCK_T": 1024, "num_warps": 8}
@@ -166,7 +165,7 @@ def token_loss(
     max_logit, sum_exp, owners = (loss.new_empty(T) for _ in range(3))
     num_valid, covered = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
     num_classes = None if rows is None else loss.new_empty((), dtype=torch.int64)
-    num_programs = ceil_div(T, _LOSS_LAUNCH["BLOCK_T"])
+    num_programs = -(-T // _LOSS_LAUNCH["BLOCK_T"])
     sums = counter = None
     if num_programs > 1:
         sums = loss.new_empty(3, num_programs)
@@ -205,7 +204,7 @@ def token_loss_grads(
     """As ``eager.token_loss_grads``."""
     T = target.shape[0]
     level, grad_target_logit = torch.empty_like(sum_exp), torch.empty_like(target, dtype=sum_exp.dtype)
-    token_loss_grads_kernel[(ceil_div(T, _GRADS_LAUNCH["BLOCK_T"]),)](
+    token_loss_grads_kernel[(-(-T // _GRADS_LAUNCH["BLOCK_T"]),)](
         grad,
         sum_exp,
         target,

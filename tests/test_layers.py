@@ -25,7 +25,7 @@ ALLOWED = {
     "kernels.sweep": {"transform"},
     "kernels.eager": {"arrival", "exp_cache", "kernels.sweep", "stats", "transform"},
     "kernels.tiles": {"arrival", "kernels.configs", "transform"},
-    "kernels.streams": {"arrival", "kernels.tiles"},
+    "kernels.streams": {"arrival", "kernels.tiles", "transform"},
     "kernels.hopper": {"kernels.tiles"},
     "kernels.hopper_tiles": {"kernels.configs", "kernels.hopper", "kernels.tiles", "transform"},
     "kernels.hopper_matmul": {"kernels.configs", "kernels.hopper", "kernels.streams", "kernels.sweep", "kernels.tiles"},
