@@ -298,10 +298,11 @@ def check_owners(owners: Tensor, target: Tensor, ignore_index: int) -> None:
 def check_cover(
     covered: Tensor, owners: Tensor, num_classes: Tensor | None, target: Tensor, ignore_index: int, shard: VocabShard
 ) -> None:
-    """:func:`check_shards` and :func:`check_owners`, of which ``covered`` knows the outcome: one launch on the GPU."""
+    """:func:`check_shards` and :func:`check_owners`, of which ``covered`` knows the outcome: on the GPU one launch
+    asserts it, on the CPU they say what is wrong."""
     if target.device.type != "cpu":
         _assert_covered(covered)
-    else:
+    elif not covered:
         check_shards(num_classes, shard)
         check_owners(owners, target, ignore_index)
 
