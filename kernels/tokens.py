@@ -4,7 +4,8 @@
     loss_t = log s_t − min(z_t(y_t) − m_t, 0)  if y_t is not ignored, else 0;    their sum or mean
     level_t = g_t / s_t,    grad_target_t = −g_t      what the backward needs to know of it, 0 if y_t is ignored
 
-Any other loss is made of torch's own operations, see ``cross_entropy.py``.
+Many tokens are the work of several programs, of which the last to come adds up the sums of all; a counter tells which
+that is, whose zero is a launch more. Any other loss is made of torch's own operations, see ``cross_entropy.py``.
 """
 
 from typing import Any
