@@ -4,6 +4,7 @@
     python launch/benchmark.py --methods all --shapes llama-8b-tp8 --json out.json --plot pictures
     python launch/benchmark.py --shapes llama-8b --cache-fractions 0 0.25 0.5 0.75 1
     python launch/benchmark.py --shapes llama-8b --tokens 1 16 128 1024 8192
+    python launch/benchmark.py --shapes llama-8b --vocab-sizes 32768 65536 131072 262144
     torchrun --standalone --nproc-per-node 2 launch/benchmark.py --methods all --shapes llama-8b-8k
     python launch/benchmark.py --replot out.json --plot pictures       # needs no GPU
 
@@ -84,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all of them")
-    parser.add_argument("--tokens", nargs="+", type=positive, metavar="T", help="in place of one shape's own number")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--tokens", nargs="+", type=positive, metavar="T", help="in place of one shape's own number")
+    sizes.add_argument(
+        "--vocab-sizes", nargs="+", type=positive, metavar="V", help="in place of one shape's own, of all its ranks"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -131,8 +136,11 @@ def fraction(text: str) -> float:
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.keep_gathered_hidden and not args.sequence_parallel:
         parser.error("--keep-gathered-hidden needs --sequence-parallel")
-    if args.tokens is not None and len(args.shapes) != 1:
-        parser.error(f"--tokens needs one shape, got {len(args.shapes)}: name it with --shapes")
+    for option, sizes in (("--tokens", args.tokens), ("--vocab-sizes", args.vocab_sizes)):
+        if sizes is not None and len(args.shapes) != 1:
+            parser.error(f"{option} needs one shape, got {len(args.shapes)}: name it with --shapes")
+    if args.vocab_sizes is not None and min(args.vocab_sizes) < (ranks := SHAPES[args.shapes[0]].tp):
+        parser.error(f"--vocab-sizes must be at least the {ranks} ranks of the shape, got {min(args.vocab_sizes)}")
 
 
 def check_sequence_parallel(workloads: Sequence[Workload], ranks: int, parser: argparse.ArgumentParser) -> None:
@@ -150,9 +158,10 @@ def make_workloads(args: argparse.Namespace, ranks: int) -> list[Workload]:
     """One rank takes a rank's shard, several the whole vocabulary."""
     shapes = {name: SHAPES[name] for name in args.shapes}
     return [
-        Workload(name, tokens, shape.H, shape.V // shape.tp if ranks == 1 else shape.V)
+        Workload(name, tokens, shape.H, vocab_size // shape.tp if ranks == 1 else vocab_size)
         for name, shape in shapes.items()
         for tokens in args.tokens or [shape.tokens]
+        for vocab_size in args.vocab_sizes or [shape.V]
     ]
 
 
@@ -189,7 +198,7 @@ def run(args: argparse.Namespace, workloads: Sequence[Workload], context: Contex
         task = bar.add_task("", total=steps)
         for workload in workloads:
 
-            def progress(what: str, name: str = f"{workload.name}, T {workload.T}") -> None:
+            def progress(what: str, name: str = f"{workload.name}, T {workload.T}, V {workload.V}") -> None:
                 bar.update(task, advance=1, description=f"{name}: {what}")
 
             torch.compiler.reset()  # each function may be compiled for a limited number of shapes

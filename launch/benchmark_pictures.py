@@ -1,4 +1,4 @@
-"""What ``benchmark.py`` found, as pictures: time against memory, and time against the number of tokens."""
+"""What ``benchmark.py`` found, as pictures: time against memory, and time against the number of tokens or classes."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 _MIB = 2**20
+_SIZES = {"tokens": "number of tokens", "vocabulary": "size of the vocabulary"}
 _MARKERS = "osD^v<>PXh*pd8H"
 _COLORS = ("#3b5b92", "#2a9d8f", "#8d6cab", "#e09f3e", "#6c757d", "#9c6644")
 
 
 def draw_pictures(report: Report, folder: Path) -> list[Path]:
-    """One SVG per shape: time against memory, or time against ``T`` where a shape was measured at several.
+    """One SVG per shape: time against memory, or time against ``T`` or ``V`` where a shape was measured at several.
 
     Returns:
-        The paths of the files, whose names start with ``memory-`` or ``tokens-``.
+        The paths of the files, whose names start with ``memory-``, ``tokens-`` or ``vocabulary-``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_name: dict[str, list[ShapeResult]] = defaultdict(list)
@@ -34,7 +35,8 @@ def draw_pictures(report: Report, folder: Path) -> list[Path]:
             if len(shapes) == 1:
                 figure, kind = _draw_memory(shapes[0], report), "memory"
             else:
-                figure, kind = _draw_tokens(sorted(shapes, key=lambda shape: shape.T), report), "tokens"
+                kind = "tokens" if len({shape.T for shape in shapes}) > 1 else "vocabulary"
+                figure = _draw_sizes(kind, shapes, report)
             figure.legend(loc="outside right center", frameon=False)
             paths.append(folder / f"{kind}-{name}.svg")
             figure.savefig(paths[-1], metadata={"Date": None})
@@ -76,23 +78,26 @@ def _draw_memory(shape: ShapeResult, report: Report) -> Figure:
     return figure
 
 
-def _draw_tokens(shapes: list[ShapeResult], report: Report) -> Figure:
+def _draw_sizes(kind: str, shapes: list[ShapeResult], report: Report) -> Figure:
     """A line per method, forward on the left, forward + backward on the right, on the times of the matrix products."""
+    by_size = {shape.T if kind == "tokens" else shape.V_local: shape for shape in shapes}
+    sizes = sorted(by_size)
+    shapes = [by_size[size] for size in sizes]
     first = shapes[0]
-    figure = new_figure(f"Time of the loss by the number of tokens: {first.name}", size=(11, 5.4))
+    other = f"V {first.V_local}" if kind == "tokens" else f"T {first.T}"
+    figure = new_figure(f"Time of the loss by the {_SIZES[kind]}: {first.name}", size=(11, 5.4))
     forward_axes, step_axes = figure.subplots(1, 2)
-    tokens = [shape.T for shape in shapes]
     wide: dict[str, Any] = {"color": OTHERS, "linewidth": 5, "solid_capstyle": "round"}
-    forward_axes.plot(tokens, [shape.logits_ms for shape in shapes], label="cuBLAS: G, 3G", **wide)
-    step_axes.plot(tokens, [shape.stored_ms for shape in shapes], **wide)
+    forward_axes.plot(sizes, [shape.logits_ms for shape in shapes], label="cuBLAS: G, 3G", **wide)
+    step_axes.plot(sizes, [shape.stored_ms for shape in shapes], **wide)
     for method in report.methods:
-        rows = {shape.T: row for shape in shapes for row in shape.measurements if row.method == method}
+        rows = {size: row for size in sizes for row in by_size[size].measurements if row.method == method}
         if not rows:
             continue
         style = _style(next(iter(rows.values())), report) | {"markersize": 4}
         forward_axes.plot(rows.keys(), [row.forward_ms for row in rows.values()], label=method, **style)
         step_axes.plot(rows.keys(), [row.step_ms for row in rows.values()], **style)
-        replayed = {T: row.graph_ms for T, row in rows.items() if row.graph_ms is not None}
+        replayed = {size: row.graph_ms for size, row in rows.items() if row.graph_ms is not None}
         if replayed:
             dotted = {"linestyle": ":", "label": f"{method}, CUDA graph"}
             forward_axes.plot(replayed.keys(), replayed.values(), **style | dotted)
@@ -101,12 +106,12 @@ def _draw_tokens(shapes: list[ShapeResult], report: Report) -> Figure:
         draw_grid(axes, "both")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(tokens)
+        axes.set_xticks(sizes)
         axes.tick_params(axis="x", labelrotation=45)
         _write_numbers(axes)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(title, loc="left", fontsize=11, color=INK)
-        axes.set_xlabel(f"tokens · H {first.H}, V {first.V_local}")
+        axes.set_xlabel(f"{_SIZES[kind]} · H {first.H}, {other}")
         axes.set_ylabel("ms")
     return figure
 

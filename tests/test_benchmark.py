@@ -83,10 +83,10 @@ def make_report(**fields: Any) -> Report:
     return Report(**setting | fields)
 
 
-def make_sweep() -> Report:
+def make_sweep(size: str = "T") -> Report:
     shape = make_report().shapes[0]
     rows = [measurement("recompute", cache_fraction=0.0, graph_ms=1.0), measurement("eager")]
-    return make_report(shapes=[replace(shape, T=T, measurements=rows, logits_ms=T / 10) for T in (128, 1, 16)])
+    return make_report(shapes=[replace(shape, **{size: n}, measurements=rows, logits_ms=n / 10) for n in (128, 1, 16)])
 
 
 def test_json_holds_everything(tmp_path: Path) -> None:
@@ -137,12 +137,17 @@ def test_pictures(tmp_path: Path) -> None:
     for label in ("3G", "4G", "cache 0%", "cache 100%", "cce", "size of the logits"):
         assert f"<!-- {label} -->" in text
     assert "<!-- verl -->" not in text
-    (tokens,) = draw_pictures(make_sweep(), tmp_path)
-    assert tokens.name == "tokens-llama-8b.svg"
-    text = tokens.read_text(encoding="utf-8")
-    for label in ("recompute", "recompute, CUDA graph", "eager", "128"):
-        assert f"<!-- {label} -->" in text
-    assert draw_pictures(make_sweep(), tmp_path / "again")[0].read_text(encoding="utf-8") == text
+    for size, kind, label in (
+        ("T", "tokens", "number of tokens · H 512, V 1000"),
+        ("V_local", "vocabulary", "size of the vocabulary · H 512, T 4096"),
+    ):
+        (sizes,) = draw_pictures(make_sweep(size), tmp_path)
+        assert sizes.name == f"{kind}-llama-8b.svg"
+        text = sizes.read_text(encoding="utf-8")
+        for text_label in (label, "recompute", "recompute, CUDA graph", "eager", "128"):
+            assert f"<!-- {text_label} -->" in text
+    again = draw_pictures(make_sweep("V_local"), tmp_path / "again")[0]
+    assert again.read_text(encoding="utf-8") == text
 
 
 def test_pictures_of_nothing(tmp_path: Path) -> None:
@@ -168,6 +173,9 @@ def test_replot_needs_no_gpu(
         ([], "needs a CUDA device"),
         (["--tokens", "16"], "--tokens needs one shape, got 8"),
         (["--shapes", "odd", "--tokens", "0"], "must be at least 1, got 0"),
+        (["--vocab-sizes", "16"], "--vocab-sizes needs one shape, got 8"),
+        (["--shapes", "llama-8b-tp8", "--vocab-sizes", "16", "7"], "at least the 8 ranks of the shape, got 7"),
+        (["--shapes", "odd", "--vocab-sizes", "16", "--tokens", "16"], "not allowed with argument"),
         (["--rounds", "0"], "must be at least 1, got 0"),
         (["--cache-fractions", "1.5"], "must be between 0 and 1, got 1.5"),
         (["--methods", "cec"], "invalid choice: 'cec'"),
@@ -202,6 +210,9 @@ def test_workloads() -> None:
     assert benchmark.make_workloads(args, ranks=2) == [Workload("qwen-7b-tp4", 16384, 3584, 152064)]
     args = benchmark.make_parser().parse_args(["--shapes", "odd", "--tokens", "1", "16"])
     assert [workload.T for workload in benchmark.make_workloads(args, ranks=1)] == [1, 16]
+    args = benchmark.make_parser().parse_args(["--shapes", "llama-8b-tp8", "--vocab-sizes", "32064", "262144"])
+    assert [workload.V for workload in benchmark.make_workloads(args, ranks=1)] == [4008, 32768]
+    assert [workload.V for workload in benchmark.make_workloads(args, ranks=2)] == [32064, 262144]
 
 
 def test_methods_are_chosen_once_each() -> None:
