@@ -57,7 +57,7 @@ SHAPES = {
     "llama-70b-tp8": Shape("Llama 3 70B", 8192, 128256, tokens=8192, tp=8),
     "qwen-7b-tp4": Shape("Qwen2.5 7B", 3584, 152064, tokens=16384, tp=4),
     "gemma-2b": Shape("Gemma 2 2B", 2304, 256000, tokens=8192),
-    "odd": Shape("none: no size is a multiple of a tile's", 4096, 16033, tokens=8191),
+    "odd": Shape("none: odd numbers of tokens and rows", 4096, 16033, tokens=8191),
 }
 
 

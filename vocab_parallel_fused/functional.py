@@ -81,9 +81,10 @@ def linear_cross_entropy(
     ``options.keep_gathered_hidden`` in the forward only), and the all-reduce is a reduce-scatter. Extra memory:
     ``O(T)`` and a fixed tile or buffer of a few MiB in the forward; in the backward ``options.workspace_bytes``
     plus an fp32 sum of ``input``'s gradient, or of ``linear_weight``'s if that is smaller (neither with an fp32
-    ``main_grad``). To this add the gathered hidden states under sequence parallelism, a copy of the weight where
-    autocast changes its dtype, ``options.exp_cache_bytes``, and with Triton's kernels, where the rows of ``input``
-    or ``linear_weight`` do not start at multiples of 32 bytes, a copy of ``input`` or of 32 MiB of rows.
+    ``main_grad``; in float16 always the first). To this add the gathered hidden states under sequence parallelism, a
+    copy of the weight where autocast changes its dtype, ``options.exp_cache_bytes``, and with Triton's kernels, where
+    the rows of ``input`` or ``linear_weight`` do not start at multiples of 32 bytes, a copy of ``input`` or of 32 MiB
+    of rows.
 
     Args:
         input: ``(*, H)`` hidden states, the same on every rank; with ``sequence_parallel`` this rank's part of dim 0.
