@@ -345,6 +345,7 @@ def divergence_dlogits_kernel(
     else:
         dlogits = 0.5 * grad * _js_term(log_p, log_q, center)
     dlogits = times_derivative(dlogits, z_a, a_inner, a_outer, a_TRANSFORM)
+    dlogits = tl.where(grad == 0, 0.0, dlogits)  # also where a divergence is infinite
     tl.store(
         dlogits_ptr + offs_t.to(tl.int64)[:, None] * stride_dlogits_t + offs_v[None, :],
         dlogits.to(dlogits_ptr.dtype.element_ty),

@@ -324,6 +324,7 @@ def local_divergence_grads(
         torch.mul(dlogits, grad[tokens, None], out=out)
         logits = log_p.add_((max_logit + log_sum_exp)[0, tokens, None])
         student.transform.times_derivative_(out, logits)
+        out.masked_fill_(grad[tokens, None] == 0, 0.0)  # also where a divergence is infinite
 
     sweep_grads(
         write_dlogits,

@@ -39,6 +39,7 @@ _LARGEST_RISE = tl.constexpr(40.0)
 # Below, the product of a scale and a hidden state might leave the range of normal numbers, as might the quotient of a
 # target's dlogit and a scale that is smaller by as much.
 _LEAST_SCALE = tl.constexpr(1e-30)
+_LEAST_NORMAL = tl.constexpr(2.0**-126)  # of fp32 and bf16
 
 _SCALE_LAUNCH: dict[str, Any] = {"BLOCK_T": 128}
 _ROWS_LAUNCH: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_H": 512}
@@ -90,7 +91,8 @@ def kept_scale_kernel(
             z = tl.load(target_logit_ptr + offs, mask=owned, other=0.0)
             dlogit = times_derivative(tl.exp(tl.minimum(z - maximum, 0.0)) * level + grad, z, inner, outer, TRANSFORM)
             rounded = (dlogit / scale).to(exps_ptr.dtype.element_ty).to(tl.float32)
-            nudged = tl.where(owned & (tl.abs(rounded) > 0), dlogit / rounded, scale)
+            # Below the normal numbers a rounding may be as large as what it rounds.
+            nudged = tl.where(owned & (tl.abs(rounded) >= _LEAST_NORMAL), dlogit / rounded, scale)
     size = tl.abs(scale)
     # What a scale too small for its range leaves out is next to nothing if it is small because its shard is.
     matters = (largest_grad > 0) | ((level != 0) & (reference - maximum > -_LARGEST_RISE))
@@ -233,11 +235,11 @@ def scale_rows_kernel(
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_h < H)[None, :]
-    rows = offs_n.to(tl.int64)[:, None]
-    matrix = tl.load(matrix_ptr + rows * stride_matrix_n + offs_h[None, :] * stride_matrix_h, mask=mask, other=0.0)
+    rows, columns = offs_n.to(tl.int64)[:, None], offs_h.to(tl.int64)[None, :]
+    matrix = tl.load(matrix_ptr + rows * stride_matrix_n + columns * stride_matrix_h, mask=mask, other=0.0)
     scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
     scaled = matrix.to(tl.float32) * scale[:, None]
-    tl.store(out_ptr + rows * stride_out_n + offs_h[None, :], scaled.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + rows * stride_out_n + columns, scaled.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def kept_dlogits(

@@ -409,11 +409,10 @@ def scale_into_fp16(bound: Tensor) -> tuple[Tensor, Tensor]:
 
     In fp16 the gradient of a mean over many tokens, or an upstream gradient scaled against underflow elsewhere, would
     leave the range of the workspace; this way small ones keep as much of its range as there is. A power of two changes
-    no bit of what stays inside.
+    no bit of what stays inside. Tokens whose gradients are not finite have no say in it.
     """
-    largest = bound.amax()
-    usable = (largest > 0) & torch.isfinite(largest)
-    exponent = torch.ceil(torch.log2(largest.where(usable, 1.0)))
+    largest = bound.where(torch.isfinite(bound), 0.0).amax()
+    exponent = torch.ceil(torch.log2(largest.where(largest > 0, 1.0)))
     # fp32 holds 2^±126 as a normal number, so that neither factor is lost.
     unscale = torch.exp2((exponent - 15).clamp(-126, 126))
     return 1 / unscale, unscale

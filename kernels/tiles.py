@@ -22,6 +22,8 @@ _COPY_ROWS, _COPY_COLUMNS = 256, 64
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# fp32 holds no number within 64 of this one, and exp2(−64) is nothing beside 1.
+_LARGEST_SCALED = tl.constexpr(2.0**30)
 # 2⁻¹⁶⁰ is 0 in fp32: where a logit is −inf, 0 · 160 stands for 0 · ∞.
 LEAST_LOG2 = tl.constexpr(-160.0)
 
@@ -106,10 +108,14 @@ def log2_from(z, maximum):
     One fused multiply-add per logit. The product with the maximum is rounded, which moves all logits of a row alike;
     without the rounding, the maximum itself comes out as exactly 0. The fusion is spelled out: of `z · log2(e) −
     reference` the compiler may fuse either product, and of `z − maximum` one that z itself is.
+
+    Of a huge maximum, as of classes that a bias masks, that number would leave the range of exp2, and the product
+    fp32's. There z − maximum is 0 or so far from it that its exponential is 0 to any base.
     """
-    reference = maximum * LOG2E
-    rounding = tl.fma(maximum, LOG2E, -reference)
-    return tl.fma(z, LOG2E, -reference[:, None]), rounding
+    scale = tl.where(tl.abs(maximum) < _LARGEST_SCALED, LOG2E, 1.0)
+    reference = maximum * scale
+    rounding = tl.fma(maximum, scale, -reference)
+    return tl.fma(z, scale[:, None], -reference[:, None]), rounding
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Divergences of two heads over the full vocabulary, against full logits in float64."""
 
+import math
 from typing import Any, NamedTuple, get_args
 
 import pytest
@@ -218,6 +219,40 @@ def test_weights_and_reductions(device: torch.device) -> None:
     assert nothing == 0
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_an_infinite_divergence_that_is_left_out(impl: Impl, divergence: Divergence, device: torch.device) -> None:
+    """A class that the teacher rules out makes reverse KL infinite, and 0 times that no number."""
+    heads = make_heads(6, 67, torch.float32, device)
+    hidden, weight = (tensor.requires_grad_() for tensor in heads.student[:2])
+    teacher_bias = torch.zeros(67, device=device)
+    teacher_bias[3] = -torch.inf
+    token_weight = torch.tensor([0.0] * 5 + [1.0], device=device)
+    loss = linear_distillation(
+        hidden,
+        weight,
+        *heads.teacher[:2],
+        teacher_bias=teacher_bias,
+        divergence=divergence,
+        token_weight=token_weight,
+        options=ComputeOptions(impl=impl),
+    )
+    (dhidden,) = torch.autograd.grad(loss, hidden)
+    assert (dhidden[:5] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences_may_be_changed_in_place(divergence: Divergence, device: torch.device) -> None:
+    """As a loss that is masked may be: the backward needs none of what was returned."""
+    heads = make_heads(6, 20, torch.float32, device)
+    hidden, weight = (tensor.requires_grad_() for tensor in heads.student[:2])
+    grads = []
+    for factor in (1, 2):
+        loss = linear_distillation(hidden, weight, *heads.teacher[:2], divergence=divergence, reduction="none")
+        loss *= factor
+        grads.append(torch.autograd.grad(loss.sum(), hidden)[0])
+    torch.testing.assert_close(grads[1], 2 * grads[0])
+
+
 def test_the_teacher_is_a_constant(device: torch.device) -> None:
     heads = make_heads(6, 20, torch.float32, device)
     hidden, weight, _ = (tensor.requires_grad_() for tensor in heads.student)
@@ -329,7 +364,8 @@ X, W = torch.ones(6, 8), torch.ones(11, 8)
             TypeError,
             "teacher_input must have input's dtype torch.float32, got torch.float64",
         ),
-        ({"teacher_logit_softcap": -1.0}, ValueError, "logit_softcap must be positive, got -1.0"),
+        ({"teacher_logit_scale": math.inf}, ValueError, "^teacher_logit_scale must be finite, got inf"),
+        ({"teacher_logit_softcap": -1.0}, ValueError, "^teacher_logit_softcap must be positive, got -1.0"),
         ({"teacher_bias": torch.ones(3)}, ValueError, r"teacher_bias must have shape \(11,\), got \(3,\)"),
     ],
 )

@@ -232,6 +232,8 @@ def test_bounds_of_a_shard_are_integers() -> None:
     [
         ({"in_features": 0, "vocab_size": 4}, ValueError, "in_features must be at least 1, got 0"),
         ({"in_features": 4, "vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ({"in_features": "4", "vocab_size": 4}, TypeError, "in_features must be an int, got '4'"),
+        ({"in_features": 4, "vocab_size": 4.0}, TypeError, r"^vocab_size must be an int, got 4\.0"),
         (
             {"in_features": 4, "vocab_size": 4, "shard": VocabShard(0, 4, 3)},
             ValueError,
@@ -267,3 +269,14 @@ def pass_a_dtensor(group: Any) -> None:
 
 def test_dtensors_are_refused() -> None:
     run_on_ranks(pass_a_dtensor, 1)
+
+
+def pass_a_mesh_of_others(group: Any) -> None:
+    mesh = DeviceMesh("cpu", [0])
+    if group.rank() == 1:
+        with pytest.raises(ValueError, match="group does not contain this rank"):
+            call(group=mesh)
+
+
+def test_a_mesh_of_other_ranks_is_refused() -> None:
+    run_on_ranks(pass_a_mesh_of_others, 2)

@@ -140,6 +140,30 @@ def test_logits_out_of_range(spoil: Callable[[Problem], None], dtype: torch.dtyp
         assert max_error(kept, reference) <= allowed
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_target_of_next_to_no_probability(dtype: torch.dtype, device: torch.device) -> None:
+    """Whose entry, with no gradient of its own, is no normal number: rows must not be scaled by how that rounds."""
+    problem = make_problem(40, H, V, dtype=dtype, device=device)
+    assert problem.bias is not None
+    with torch.no_grad():
+        problem.bias[5] -= 92
+    target = torch.full_like(problem.target, 5)
+    grads = []
+    for size in (0, EVERYTHING):
+        stats = linear_token_stats(
+            problem.hidden,
+            problem.weight,
+            target,
+            outputs=["lse", "log_prob"],
+            linear_bias=problem.bias,
+            options=options(size),
+        )
+        assert stats.lse is not None
+        grads.append(torch.autograd.grad(stats.lse, (problem.hidden, problem.weight), problem.upstream))
+    for plain, kept in zip(*grads, strict=True):
+        assert max_error(kept, plain) < 3 * torch.finfo(dtype).eps + 1e-5
+
+
 def test_a_sample_without_a_finite_logit(device: torch.device) -> None:
     """Then the reference is no number, and the token must be recomputed."""
     problem = make_problem(40, H, V, device=device)

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -100,17 +101,30 @@ def test_logits_far_from_zero(impl: Impl, shift: float, device: torch.device) ->
     assert max_error(actual.dhidden, exact.dhidden) < 2e-3
 
 
-def test_classes_masked_by_an_infinite_bias(impl: Impl, device: torch.device) -> None:
-    """Whole tiles of −inf: −inf − −inf must not make a NaN."""
+# Of the second a fused multiply-add leaves a rounding of some hundreds, as only a device does.
+@pytest.mark.parametrize("mask", [-torch.inf, -1e10, torch.finfo(torch.float32).min])
+def test_classes_masked_by_a_bias(impl: Impl, mask: float, device: torch.device) -> None:
+    """Whole tiles of −inf: −inf − −inf must not make a NaN. Nor must what rounding leaves of a huge number, which is
+    huge itself, or its product with log2(e), which overflows."""
     problem = make_problem(20, 16, 200, device=device)
     assert problem.bias is not None
     bias = problem.bias.detach().clone()
-    bias[64:192] = -torch.inf
+    bias[64:192] = mask
     target = torch.where((problem.target >= 64) & (problem.target < 192), 3, problem.target)
     masked = problem._replace(bias=bias.requires_grad_(), target=target)
     actual, exact = run(masked, impl), full_logits_results(masked.to(torch.float64))
     assert_within_error_budget(actual, full_logits_results(masked), exact)
     assert (actual.dweight[64:192] == 0).all()
+
+
+@pytest.mark.parametrize("logit", [-1e10, torch.finfo(torch.float32).min, 1e10])
+def test_nothing_but_huge_logits(impl: Impl, logit: float, device: torch.device) -> None:
+    """Beside a huge bias all classes are alike."""
+    problem = make_problem(6, 16, 67, device=device)
+    bias = torch.full((67,), logit, device=device)
+    options = ComputeOptions(impl=impl)
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, linear_bias=bias, options=options)
+    torch.testing.assert_close(loss.item(), math.log(67))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -461,6 +475,30 @@ def test_a_second_derivative_is_refused() -> None:
     loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
     with pytest.raises(RuntimeError, match="a fused loss has no second derivative"):
         torch.autograd.grad(loss, problem.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.5])
+def test_label_smoothing_of_an_infinite_loss(impl: Impl, label_smoothing: float, device: torch.device) -> None:
+    """+inf as in torch, whether the target or another class is impossible; torch.lerp would make a NaN of it."""
+    problem = make_problem(6, 16, 67, device=device)
+    bias = torch.zeros(67, device=device)
+    bias[3] = -torch.inf
+    target = torch.full_like(problem.target, 4).index_fill_(0, torch.tensor([0], device=device), 3)
+    arguments: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": "none"}
+    inputs = (problem.hidden, problem.weight, target)
+    loss = linear_cross_entropy(*inputs, linear_bias=bias, options=ComputeOptions(impl=impl), **arguments)
+    assert (loss == torch.inf).all()
+
+
+def test_fp16_gradients_beside_a_broken_token(impl: Impl, device: torch.device) -> None:
+    """Its bound is no number; those of the others must be scaled into range by their own."""
+    problem = make_problem(6, 16, 67, dtype=torch.float16, bias=False, device=device)
+    hidden = problem.hidden.detach().index_fill(0, torch.tensor([2], device=device), torch.nan).requires_grad_()
+    target = problem.target.clamp(min=0).index_fill(0, torch.tensor([2], device=device), -100)
+    arguments: dict[str, Any] = {"reduction": "none", "label_smoothing": 0.1, "options": ComputeOptions(impl=impl)}
+    loss = linear_cross_entropy(hidden, problem.weight, target, **arguments)
+    (dhidden,) = torch.autograd.grad(loss, hidden, torch.full_like(loss, 64))
+    assert dhidden[target != -100].isfinite().all()
 
 
 def test_a_nan_is_not_hidden(impl: Impl, device: torch.device) -> None:

@@ -127,12 +127,21 @@ def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bo
 
 
 def resolve_teacher(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, head: Head
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    head: Head,
 ) -> Operands:
-    """A second head over the same tokens and classes, of which gradients are not wanted."""
+    """A second head over the same tokens and classes, at the same temperature, of which gradients are not wanted."""
+    try:
+        transform = LogitTransform(logit_scale, logit_softcap, head.plan.transform.temperature)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"teacher_{error}") from None
+    check_tensor("teacher_input", hidden, head.hidden)
     hidden, weight = _autocast(hidden, weight)
     _check_layer(hidden, weight, bias, ("teacher_input", "teacher_weight", "teacher_bias"))
-    check_tensor("teacher_input", hidden, head.hidden)
     if hidden.dtype != head.hidden.dtype:
         raise TypeError(f"teacher_input must have input's dtype {head.hidden.dtype}, got {hidden.dtype}")
     if tuple(hidden.shape[:-1]) != head.input_shape[:-1]:

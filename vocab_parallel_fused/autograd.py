@@ -292,7 +292,8 @@ class _DivergenceFunction(Function):
                 sums = reduce_sums(sums, plan.group)
                 loss, center = sums.mean(dim=0), sums[0]
             else:
-                loss = center = kl_divergence(whole)
+                loss = kl_divergence(whole)
+                center = loss.clone()  # the caller may change what is returned
         if forward_kl:
             max_logit, log_sum_exp = max_logit.flip(0), log_sum_exp.flip(0)
         ctx.plan, ctx.divergence, ctx.teacher_transform = plan, divergence, teacher.transform
@@ -307,11 +308,11 @@ class _DivergenceFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         hidden, weight, bias, *teacher, max_logit, log_sum_exp, center = ctx.saved_tensors
-        teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan, again=True)
 
         def local_grads(head: Operands, buffers: GradBuffers, arrival: Arrival | None) -> None:
             if arrival is not None:
                 arrival.wait()
+            teacher_head = _teacher_operands(Operands._make([*teacher, ctx.teacher_transform]), plan, again=True)
             plan.kernels.local_divergence_grads(
                 head, teacher_head, max_logit, log_sum_exp, center, grad, buffers, ctx.divergence, plan.workspace_bytes
             )

@@ -42,6 +42,8 @@ def resolve_group(group: Group | Any) -> ProcessGroup | None:
                 "group must be a one-dimensional DeviceMesh, got one with dimensions "
                 f"{group.mesh_dim_names or group.ndim}; pass mesh['name of the tensor-parallel dimension']"
             )
+        if group.get_coordinate() is None:
+            raise ValueError("group does not contain this rank")
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group does not contain this rank")

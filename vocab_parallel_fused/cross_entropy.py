@@ -44,7 +44,8 @@ def cross_entropy(
         assert stats.logit_sum is not None
         lse = stats.lse if class_weight is None else stats.lse * class_weight.mean()
         of_classes = torch.sub(lse, stats.logit_sum, alpha=1 / vocab_size)
-        loss = torch.lerp(loss, torch.where(valid, of_classes, 0.0), label_smoothing)
+        # Not torch.lerp, which makes a NaN of infinite losses.
+        loss = (1 - label_smoothing) * loss + label_smoothing * torch.where(valid, of_classes, 0.0)
     loss = reduce_tokens(loss, target_weight, token_weight, valid, reduction)
     if z_loss_weight:
         # Masked before it is squared: the derivative of an infinite square, times 0, is no zero.

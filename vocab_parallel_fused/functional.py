@@ -33,7 +33,6 @@ from vocab_parallel_fused.divergence import Divergence
 from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
 from vocab_parallel_fused.stats import TokenStats, Wanted, top_k_order
-from vocab_parallel_fused.transform import LogitTransform
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -349,11 +348,7 @@ def linear_distillation(
             raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
     head = resolve_head(input, linear_weight, **arguments)
     teacher = resolve_teacher(
-        teacher_input,
-        teacher_weight,
-        teacher_bias,
-        LogitTransform(teacher_logit_scale, teacher_logit_softcap, head.plan.transform.temperature),
-        head,
+        teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_logit_softcap, head
     )
     token_weight = resolve_token_weight(token_weight, head)
     inputs = (head.hidden, head.weight, head.bias, teacher, divergence)

@@ -20,7 +20,7 @@ from vocab_parallel_fused.functional import (
     linear_top_k,
 )
 from vocab_parallel_fused.options import ComputeOptions
-from vocab_parallel_fused.sharding import VocabShard
+from vocab_parallel_fused.sharding import VocabShard, check_size
 
 _INIT_ROWS = 1024
 
@@ -75,8 +75,8 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         unknown = set(loss_arguments) - set(LossArguments.__annotations__)
         if unknown:
             raise TypeError(f"unexpected keyword arguments {sorted(unknown)}")
-        if in_features < 1:
-            raise ValueError(f"in_features must be at least 1, got {in_features}")
+        check_size("in_features", in_features)
+        check_size("vocab_size", vocab_size)
         self.in_features = in_features
         self.vocab_size = vocab_size
         self.group = resolve_group(group)

@@ -65,6 +65,7 @@ class VocabShard:
 
         This is the split of ``torch.chunk`` and of DTensor's ``Shard(0)``: the last ranks may hold fewer rows, or none.
         """
+        check_size("vocab_size", vocab_size)
         rank, world_size = rank_and_size(resolve_group(group))
         rows = -(-vocab_size // world_size)
         return cls(min(rank * rows, vocab_size), min((rank + 1) * rows, vocab_size), vocab_size)
@@ -85,3 +86,11 @@ class VocabShard:
         counts = gather_row_counts(linear_weight, group)
         start = sum(counts[:rank])
         return cls(start, start + counts[rank], sum(counts) if vocab_size is None else vocab_size)
+
+
+def check_size(name: str, value: int) -> None:
+    """An int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
