@@ -164,13 +164,13 @@ def local_grads(
 
 
 def token_loss(
-    parts: PartStats, rows: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
+    parts: PartStats, sizes: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
 ) -> TokenLoss:
     """The cross-entropy without any option, as ``cross_entropy.cross_entropy`` has it.
 
     Args:
         parts: of the whole vocabulary, stacked, with one target of each token.
-        rows: ``[P, 2]`` digits of how many classes each part holds, as ``stats.count_classes`` takes them, or None.
+        sizes: ``[N, 4]`` what ``stats.count_classes`` takes, or None.
         target: ``[T, 1]`` class ids.
         vocab_size: how many classes there are.
         ignore_index: of tokens that are left out.
@@ -184,7 +184,7 @@ def token_loss(
     covered = torch.where(valid, whole.owners[:, 0] == 1, True).all()
     if reduction != "none":
         loss = loss.sum() / num_valid if reduction == "mean" else loss.sum()
-    num_classes = None if rows is None else count_classes(rows)
+    num_classes = None if sizes is None else count_classes(sizes)
     if num_classes is not None:
         covered &= num_classes == vocab_size
     return TokenLoss(loss, whole.max_logit, whole.sum_exp, whole.owners, num_valid, covered, num_classes)

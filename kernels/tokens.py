@@ -29,7 +29,7 @@ def token_loss_kernel(
     part_sum_exp_ptr,  # [P, T]
     part_target_logit_ptr,  # [P, T]
     part_owners_ptr,  # [P, T]
-    rows_ptr,  # [P, 2] digits of the parts' numbers of rows, or None
+    sizes_ptr,  # [N, 4] as `stats.count_classes` takes them, or None
     target_ptr,  # [T] int64
     max_ptr,  # [T] out
     sum_exp_ptr,  # [T] out
@@ -38,12 +38,14 @@ def token_loss_kernel(
     total_ptr,  # [] out, or None if the loss is there
     num_valid_ptr,  # [] out
     covered_ptr,  # [] int32 out: 1 if every valid target has one owner, and the parts have all classes
-    num_classes_ptr,  # [] int64 out, or None if there are no digits
+    num_classes_ptr,  # [] int64 out, or None if there are no sizes
     sums_ptr,  # [3, programs] scratch: loss, valid and badly owned tokens of each, or None if there is one program
     counter_ptr,  # [] int32, 0: programs that have left their sums, or None
     P,
     T,
     stride_part,
+    N,
+    stride_sizes,
     vocab_size,
     ignore_index,
     MEAN: tl.constexpr,
@@ -89,11 +91,15 @@ def token_loss_kernel(
             tl.store(total_ptr, tl.div_rn(total, count) if MEAN else total)
         tl.store(num_valid_ptr, count)
         covered = num_bad == 0
-        if rows_ptr is not None:
+        if sizes_ptr is not None:
             num_classes = tl.zeros((), dtype=tl.int64)
-            for part in range(P):
-                high = tl.load(rows_ptr + part * stride_part).to(tl.int64)
-                num_classes += high * _DIGIT + tl.load(rows_ptr + part * stride_part + 1).to(tl.int64)
+            num_others = tl.zeros((), dtype=tl.int32)
+            high, low = tl.load(sizes_ptr + 2), tl.load(sizes_ptr + 3)
+            for n in range(N):
+                size_ptr = sizes_ptr + n * stride_sizes
+                num_classes += tl.load(size_ptr).to(tl.int64) * _DIGIT + tl.load(size_ptr + 1).to(tl.int64)
+                num_others += (tl.load(size_ptr + 2) != high) | (tl.load(size_ptr + 3) != low)
+            num_classes = tl.where(num_others > 0, -1 - num_classes, num_classes)
             tl.store(num_classes_ptr, num_classes)
             covered &= num_classes == vocab_size
         tl.store(covered_ptr, covered.to(tl.int32))
@@ -157,7 +163,7 @@ def token_loss_grads_kernel(
 
 
 def token_loss(
-    parts: PartStats, rows: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
+    parts: PartStats, sizes: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
 ) -> TokenLoss:
     """As ``eager.token_loss``."""
     P, T = parts.max_logit.shape
@@ -165,7 +171,7 @@ def token_loss(
     # Not parts of one tensor, of which the backward would hold all.
     max_logit, sum_exp, owners = (loss.new_empty(T) for _ in range(3))
     num_valid, covered = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
-    num_classes = None if rows is None else loss.new_empty((), dtype=torch.int64)
+    num_classes = None if sizes is None else loss.new_empty((), dtype=torch.int64)
     num_programs = -(-T // _LOSS_LAUNCH["BLOCK_T"])
     sums = counter = None
     if num_programs > 1:
@@ -176,7 +182,7 @@ def token_loss(
         parts.sum_exp,
         parts.target_logit,
         parts.owners,
-        rows,
+        sizes,
         target,
         max_logit,
         sum_exp,
@@ -192,6 +198,8 @@ def token_loss(
         T,
         # Of several parts all fields are in the same messages.
         parts.max_logit.stride(0),
+        0 if sizes is None else sizes.shape[0],
+        0 if sizes is None else sizes.stride(0),
         vocab_size,
         ignore_index,
         **{"MEAN": reduction == "mean", **_LOSS_LAUNCH},

@@ -121,7 +121,7 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
     }
     loss_launch = dict(tokens._LOSS_LAUNCH)
     options = {"num_warps": loss_launch.pop("num_warps")}
-    for absent in (("loss_ptr",), ("total_ptr", "rows_ptr", "num_classes_ptr", "sums_ptr", "counter_ptr")):
+    for absent in (("loss_ptr",), ("total_ptr", "sizes_ptr", "num_classes_ptr", "sums_ptr", "counter_ptr")):
         constants = loss_launch | {"MEAN": "loss_ptr" in absent} | dict.fromkeys(absent)
         compiler.build(tokens.token_loss_kernel, token_types, constants, options, "")
     compiler.build(tokens.token_loss_grads_kernel, token_types, tokens._GRADS_LAUNCH, {}, "")

@@ -137,9 +137,9 @@ def merge_of_nothing(group: ProcessGroup, combine: Combine) -> None:
     local = PartStats(
         max_logit, sum_exp, nothing, nothing, sum_exp_logit=-sum_exp, argmax=torch.tensor([4, 5, 6]) + 9 * rank
     )
-    parts, rows = vpf_collectives.gather_stats(local, 2**25 + rank, group, combine)
-    assert rows is not None
-    assert count_classes(rows) == 2**26 + 1
+    parts, sizes = vpf_collectives.gather_stats(local, 2**25 + rank, 2**26 + 1, group, combine)
+    assert sizes is not None
+    assert count_classes(sizes) == 2**26 + 1
     whole = merge_stats(parts)
     torch.testing.assert_close(whole.max_logit, torch.tensor([2.0, 1.0, -torch.inf]))
     torch.testing.assert_close(whole.sum_exp, torch.tensor([3.0, 1.0, 0.0]))
@@ -340,7 +340,7 @@ class Operations(TorchDispatchMode):
 def operations_of_a_gather(group: ProcessGroup, combine: Combine) -> set[str]:
     local = PartStats(*torch.rand(2, 6), *torch.rand(2, 6, 1))
     with Operations() as operations:
-        vpf_collectives.gather_stats(local, 7, group, combine)
+        vpf_collectives.gather_stats(local, 7, 14, group, combine)
     return operations.names
 
 
@@ -443,17 +443,25 @@ def test_default_and_gathered_shards(world_size: int) -> None:
     run_on_ranks(default_shard_and_gathered_shard, world_size)
 
 
-def uneven_rows_without_a_shard(group: ProcessGroup) -> None:
-    """Each rank would see another vocabulary, and the loss would be wrong without another sign."""
-    rows = 5 - group.rank()
-    with pytest.raises(
-        ValueError, match=rf"VocabShard\(.*vocab_size={2 * rows}\) where all ranks together hold 9 classes"
-    ):
-        linear_cross_entropy(torch.randn(3, H), torch.randn(rows, H), torch.tensor([5, 6, 7]), group=group)
+def uneven_rows_without_a_shard(group: ProcessGroup, rows: list[int], combine: Combine) -> None:
+    """Each rank would see another vocabulary, and the loss would be wrong without another sign. That it is right for
+    one of them must not let that one go on alone."""
+    own, options = rows[group.rank()], ComputeOptions(combine=combine)
+    message = (
+        rf"VocabShard\(.*vocab_size={len(rows) * own}\) where all ranks together hold {sum(rows)} classes and "
+        "expect different vocab_sizes"
+    )
+    inputs = (torch.randn(3, H), torch.randn(own, H), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*inputs, group=group, options=options)
+    with pytest.raises(ValueError, match=message):
+        linear_token_stats(*inputs, group=group, options=options)
 
 
-def test_uneven_rows_without_a_shard() -> None:
-    run_on_ranks(uneven_rows_without_a_shard, 2)
+@pytest.mark.parametrize("combine", get_args(Combine))
+@pytest.mark.parametrize("rows", [[5, 4], [5, 4, 6]], ids=str)
+def test_uneven_rows_without_a_shard(rows: list[int], combine: Combine) -> None:
+    run_on_ranks(uneven_rows_without_a_shard, len(rows), rows, combine)
 
 
 def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]], message: str) -> None:

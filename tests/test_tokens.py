@@ -17,8 +17,8 @@ def numbers(device: torch.device, num_parts: int = 1) -> tuple[PartStats, torch.
     token's, and another token holds a NaN.
     """
     generator = torch.Generator().manual_seed(0)
-    messages = torch.zeros(num_parts, 4 * T + 2)
-    max_logit, sum_exp, target_logit, owners, rows = messages.split([T, T, T, T, 2], dim=1)
+    messages = torch.zeros(num_parts, 4 * T + 4)
+    max_logit, sum_exp, target_logit, owners, sizes = messages.split([T, T, T, T, 4], dim=1)
     max_logit += 10 * torch.randn(num_parts, T, generator=generator)
     sum_exp += 1 + torch.rand(num_parts, T, generator=generator)
     below = torch.rand(T, generator=generator)
@@ -30,23 +30,23 @@ def numbers(device: torch.device, num_parts: int = 1) -> tuple[PartStats, torch.
         max_logit[part, part::5], sum_exp[part, part::5] = -torch.inf, 0
     max_logit[:, 2], sum_exp[:, 2] = -torch.inf, 0
     max_logit[-1, 3] = sum_exp[-1, 3] = torch.nan
-    rows += torch.tensor([2**13, 5.0])
+    sizes += torch.tensor([2**13, 5.0, num_parts * 2**13, num_parts * 5.0])
     target = torch.randint(100, (T, 1), generator=generator)
     target[::11] = -100
     target[2:4] = -100
     messages = messages.to(device)
-    max_logit, sum_exp, target_logit, owners, rows = messages.split([T, T, T, T, 2], dim=1)
-    return PartStats(max_logit, sum_exp, target_logit[..., None], owners[..., None]), rows, target.to(device)
+    max_logit, sum_exp, target_logit, owners, sizes = messages.split([T, T, T, T, 4], dim=1)
+    return PartStats(max_logit, sum_exp, target_logit[..., None], owners[..., None]), sizes, target.to(device)
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_implementations_agree(reduction: Reduction, num_parts: int, device: torch.device) -> None:
     tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
-    parts, rows, target = numbers(device, num_parts)
+    parts, sizes, target = numbers(device, num_parts)
     vocab_size = num_parts * (2**13 * DIGIT + 5)
-    expected = eager.token_loss(parts, rows, target, vocab_size, -100, reduction)
-    actual = tokens.token_loss(parts, rows, target, vocab_size, -100, reduction)
+    expected = eager.token_loss(parts, sizes, target, vocab_size, -100, reduction)
+    actual = tokens.token_loss(parts, sizes, target, vocab_size, -100, reduction)
     assert (expected.loss >= 0).all()
     assert expected.num_classes == actual.num_classes == vocab_size
     assert expected.covered
@@ -92,10 +92,25 @@ def test_targets_without_one_owner(owners: float, token: int, device: torch.devi
         assert bool(covered) == (owners == 1 or token == 0)
 
 
+@pytest.mark.parametrize("part", [0, 2])
+@pytest.mark.parametrize("digit", [2, 3])
+def test_parts_that_expect_different_numbers(part: int, digit: int, device: torch.device) -> None:
+    """Whatever this rank expects, as another may expect what they hold."""
+    tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
+    parts, sizes, target = numbers(device, 3)
+    assert sizes is not None
+    sizes[part, digit] += 1
+    vocab_size = 3 * (2**13 * DIGIT + 5)
+    for implementation in (eager, tokens):
+        loss = implementation.token_loss(parts, sizes, target, vocab_size, -100, "mean")
+        assert loss.num_classes == ~vocab_size
+        assert not loss.covered
+
+
 @pytest.mark.parametrize("missing", [-1, 1])
 def test_parts_that_are_not_the_whole(missing: int, device: torch.device) -> None:
     tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
-    parts, rows, target = numbers(device, 3)
+    parts, sizes, target = numbers(device, 3)
     vocab_size = 3 * (2**13 * DIGIT + 5) + missing
     for implementation in (eager, tokens):
-        assert not implementation.token_loss(parts, rows, target, vocab_size, -100, "mean").covered
+        assert not implementation.token_loss(parts, sizes, target, vocab_size, -100, "mean").covered

@@ -277,7 +277,7 @@ def check_target_range(target: Tensor, ignore_index: int, vocab_size: int) -> No
 
 
 def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
-    """The classes of all ranks must be as many as each of them believes: a shard left to its default may be wrong."""
+    """The classes of all ranks must be as many as all of them expect: a shard left to its default may be wrong."""
     if num_classes is None:
         return
     if num_classes.device.type != "cpu":
@@ -285,9 +285,11 @@ def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
             num_classes == shard.vocab_size, "the shards of the group do not add up to vocab_size"
         )
     elif num_classes != shard.vocab_size:
+        held, disagree = int(num_classes), num_classes < 0
+        also = " and expect different vocab_sizes" if disagree else ""
         raise ValueError(
             f"shard must be one of those that add up to its vocab_size over the group, got {shard} where all ranks "
-            f"together hold {int(num_classes)} classes"
+            f"together hold {~held if disagree else held} classes{also}"
         )
 
 

@@ -114,7 +114,7 @@ class _GatheredStats(NamedTuple):
 
     hidden: Tensor  # to save
     parts: PartStats
-    rows: Tensor | None  # as `gather_stats` returns them
+    sizes: Tensor | None  # as `gather_stats` returns them
     target_row: Tensor  # [T, K] rows of this shard, or numbers that are none
     target_logit: Tensor  # [T, K] of this shard
     cache: ExpCache | None
@@ -137,12 +137,12 @@ def _gathered_stats(
         local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes, arrival)
     if local.argmax is not None:
         local = local._replace(argmax=local.argmax + shard.start)
-    parts, rows = gather_stats(local, shard.num_valid_rows, plan.group, plan.combine)
-    return _GatheredStats(plan.to_save(hidden, full_hidden), parts, rows, target_row, local.target_logit, cache)
+    parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
+    return _GatheredStats(plan.to_save(hidden, full_hidden), parts, sizes, target_row, local.target_logit, cache)
 
 
-def _count(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None else count_classes(rows)
+def _count(sizes: Tensor | None) -> Tensor | None:
+    return None if sizes is None else count_classes(sizes)
 
 
 class _TokenStatsFunction(Function):
@@ -161,10 +161,10 @@ class _TokenStatsFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
         with _local_steps(hidden):
-            hidden, parts, rows, target_row, target_logit, cache = _gathered_stats(
+            hidden, parts, sizes, target_row, target_logit, cache = _gathered_stats(
                 hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
             )
-        whole, num_classes = merge_stats(parts), _count(rows)
+        whole, num_classes = merge_stats(parts), _count(sizes)
         stats = whole_stats(whole)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -214,11 +214,11 @@ class _CrossEntropyFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         del anchor  # see token_stats
         with _local_steps(hidden):
-            hidden, parts, rows, target_row, target_logit, cache = _gathered_stats(
+            hidden, parts, sizes, target_row, target_logit, cache = _gathered_stats(
                 hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
             )
             vocab_size = plan.shard.vocab_size
-            of_tokens = plan.kernels.token_loss(parts, rows, target, vocab_size, ignore_index, reduction)
+            of_tokens = plan.kernels.token_loss(parts, sizes, target, vocab_size, ignore_index, reduction)
         loss, max_logit, sum_exp, owners, num_valid, covered, num_classes = of_tokens
         ctx.plan, ctx.ignore_index = plan, ignore_index
         ctx.set_materialize_grads(False)
@@ -284,8 +284,9 @@ class _DivergenceFunction(Function):
             heads = (teacher_head, student_head) if forward_kl else (student_head, teacher_head)
             symmetric = divergence == "jensen_shannon"
             local = plan.kernels.local_joint_stats(*heads, cross=not symmetric)
-            parts, rows = gather_stats(local, plan.shard.num_valid_rows, plan.group, plan.combine)
-            whole, num_classes = merge_stats(parts), _count(rows)
+            shard = plan.shard
+            parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
+            whole, num_classes = merge_stats(parts), _count(sizes)
             max_logit, log_sum_exp = whole.max_logit, whole.sum_exp.log()
             if symmetric:
                 sums = plan.kernels.local_js_sums(*heads, max_logit, log_sum_exp)

@@ -8,7 +8,7 @@ and with which sizes, depends only on arguments that are equal on all ranks. Onc
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,37 +60,42 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 
 
 def gather_stats(
-    local: PartStats, num_rows: int, group: ProcessGroup | None, combine: str
+    local: PartStats, num_rows: int, vocab_size: int, group: ProcessGroup | None, combine: str
 ) -> tuple[PartStats, Tensor | None]:
     """Statistics of disjoint parts that make up the whole vocabulary, stacked: the same bits on all ranks.
 
     Args:
         local: of this rank's shard, ``argmax`` as global ids.
-        num_rows: how many classes the shard holds. The number travels with the statistics, as two digits.
+        num_rows, vocab_size: how many classes the shard holds, and all shards should. They travel with the statistics,
+            as two digits each.
         combine: see :class:`~vocab_parallel_fused.ComputeOptions`.
 
     Returns:
-        The parts ``[P, *]``, one of each rank or one of all of them, and the digits ``[P, 2]`` of how many classes they
-        hold; None for a single rank.
+        The parts ``[P, *]``, one of each rank or one of all of them, and what :func:`~stats.count_classes` takes, the
+        same on all ranks; None for a single one.
     """
     _, world_size = rank_and_size(group)
     if world_size == 1:
         return PartStats._make(None if field is None else field[None] for field in local), None
     if combine == "all_gather":
-        parts, rows = _unpack(gather_stacked(_pack(local, num_rows), group), local)
+        parts, sizes = _unpack(gather_stacked(_pack(local[:-1], num_rows, vocab_size), group), local)
         if local.argmax is not None:
             parts = parts._replace(argmax=gather_stacked(local.argmax, group))
-        return parts, rows
-    max_logit = local.max_logit.clone()
-    dist.all_reduce(max_logit, dist.ReduceOp.MAX, group=group)
+        return parts, sizes
+    # The largest and the smallest number that a rank expects are equal if all are.
+    message = _pack(local[:1], vocab_size, -vocab_size)
+    dist.all_reduce(message, dist.ReduceOp.MAX, group=group)
+    max_logit = message[:-4].view_as(local.max_logit)
+    largest, smallest = message[-4:-2], -message[-2:]
     aligned = measured_from(local, max_logit)
-    message = _pack(aligned, num_rows)
+    message = _pack(aligned[:-1], num_rows)
     dist.all_reduce(message, group=group)
-    parts, rows = _unpack(message[None], local)
+    parts, held = _unpack(message[None], local)
     if aligned.argmax is not None:
         dist.all_reduce(aligned.argmax, dist.ReduceOp.MIN, group=group)
     argmax = None if aligned.argmax is None else aligned.argmax[None]
-    return parts._replace(max_logit=max_logit[None], argmax=argmax), rows
+    sizes = torch.stack([torch.cat([held[0], largest]), torch.cat([torch.zeros_like(held[0]), smallest])])
+    return parts._replace(max_logit=max_logit[None], argmax=argmax), sizes
 
 
 def gather_top_k(logit: Tensor, index: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -117,25 +122,28 @@ def gather_stacked(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def _pack(part: PartStats, num_rows: int) -> Tensor:
-    """One message with all statistics but the argmax, and the digits of the number of rows."""
-    fields = [field.flatten() for field in part[:-1] if field is not None]
-    message = fields[0].new_empty(sum(field.numel() for field in fields) + 2)
-    torch.cat(fields, out=message[:-2])
-    # By one launch: to assign a number to an element is a copy from the host, for which it would wait.
-    torch.linspace(num_rows // DIGIT, num_rows % DIGIT, 2, out=message[-2:])
+def _pack(statistics: Sequence[Tensor | None], *numbers: int) -> Tensor:
+    """One message with statistics, and two digits of each number, which have its sign."""
+    fields = [field.flatten() for field in statistics if field is not None]
+    num_digits = 2 * len(numbers)
+    message = fields[0].new_empty(sum(field.numel() for field in fields) + num_digits)
+    torch.cat(fields, out=message[:-num_digits])
+    for number, digits in zip(numbers, message[-num_digits:].split(2), strict=True):
+        high = int(number / DIGIT)
+        # By one launch: to assign a number to an element is a copy from the host, for which it would wait.
+        torch.linspace(high, number - high * DIGIT, 2, out=digits)
     return message
 
 
 def _unpack(message: Tensor, like: PartStats) -> tuple[PartStats, Tensor]:
-    """The statistics in messages ``[P, N]``, except the argmax, and the digits ``[P, 2]``."""
+    """The statistics in messages ``[P, N]``, except the argmax, and the digits after them."""
     sizes = [0 if field is None else field.numel() for field in like[:-1]]
-    *chunks, rows = message.split([*sizes, 2], dim=-1)
+    *chunks, digits = message.split([*sizes, message.shape[-1] - sum(sizes)], dim=-1)
     fields = [
         None if field is None else chunk.unflatten(-1, field.shape)
         for chunk, field in zip(chunks, like[:-1], strict=True)
     ]
-    return PartStats._make([*fields, None]), rows
+    return PartStats._make([*fields, None]), digits
 
 
 def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:

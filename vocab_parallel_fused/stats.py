@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Larger than any id, also when the start of a shard is added to it.
 _NO_CLASS = 2**62
-# fp32 counts to 2²⁴, so a number of classes travels as two digits in this base.
+# fp32 counts to 2²⁴, so numbers of classes travel as two digits in this base.
 DIGIT = 2**12
 
 
@@ -101,10 +101,10 @@ class TokenLoss(NamedTuple):
     """[] how many tokens are not ignored, in the dtype of the loss; 1 if none is, so that it can divide."""
 
     covered: Tensor
-    """[] whether each of their targets has exactly one owner, and the parts hold as many classes as there are."""
+    """[] whether each of their targets has exactly one owner, and the parts hold the classes that all expect."""
 
     num_classes: Tensor | None
-    """[] how many classes the parts hold, int64; None: it was not said."""
+    """[] what :func:`count_classes` finds; None: nothing was said."""
 
 
 class DlogitsCoefficients(NamedTuple):
@@ -210,10 +210,16 @@ def merge_stats(parts: PartStats) -> PartStats:
     return PartStats._make([max_logit, *sums, argmax])
 
 
-def count_classes(rows: Tensor) -> Tensor:
-    """How many classes parts hold, from the two digits ``[P, 2]`` of each."""
-    high, low = rows.sum(dim=0).to(torch.int64).unbind()
-    return torch.add(low, high, alpha=DIGIT)
+def count_classes(sizes: Tensor) -> Tensor:
+    """How many classes parts hold, int64 ``[]``; if they do not expect the same number in all, its complement, < 0.
+
+    Args:
+        sizes: ``[N, 4]`` two digits of how many classes a part holds, and two of how many it expects all to hold.
+    """
+    held, expected = sizes.split(2, dim=1)
+    high, low = held.sum(dim=0).to(torch.int64).unbind()
+    total = torch.add(low, high, alpha=DIGIT)
+    return torch.where((expected == expected[0]).all(), total, ~total)
 
 
 def whole_stats(whole: PartStats) -> TokenStats:
