@@ -285,11 +285,11 @@ def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
             num_classes == shard.vocab_size, "the shards of the group do not add up to vocab_size"
         )
     elif num_classes != shard.vocab_size:
-        held, disagree = int(num_classes), num_classes < 0
-        also = " and expect different vocab_sizes" if disagree else ""
+        held = int(num_classes)  # its complement if they disagree
+        hold = f"{held} classes" if held >= 0 else f"{~held} classes and expect different vocab_sizes"
         raise ValueError(
             f"shard must be one of those that add up to its vocab_size over the group, got {shard} where all ranks "
-            f"together hold {~held if disagree else held} classes{also}"
+            f"together hold {hold}"
         )
 
 

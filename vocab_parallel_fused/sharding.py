@@ -36,13 +36,10 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"shard.{name} must be an int, got {value!r}")
+            _check_int(f"shard.{name}", getattr(self, name))
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"shard must have 0 <= start <= stop, got start={self.start}, stop={self.stop}")
-        if self.vocab_size < 1:
-            raise ValueError(f"shard.vocab_size must be at least 1, got {self.vocab_size}")
+        check_size("shard.vocab_size", self.vocab_size)
 
     @property
     def num_rows(self) -> int:
@@ -90,7 +87,11 @@ class VocabShard:
 
 def check_size(name: str, value: int) -> None:
     """An int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    _check_int(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
