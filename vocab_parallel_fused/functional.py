@@ -79,8 +79,8 @@ def linear_cross_entropy(
     gradient in the backward. Under sequence parallelism also one all-gather of the hidden states in each (with
     ``options.keep_gathered_hidden`` in the forward only), and the all-reduce is a reduce-scatter. Extra memory:
     ``O(T)`` and a fixed tile or buffer of a few MiB in the forward; in the backward ``options.workspace_bytes``
-    plus an fp32 sum of ``input``'s gradient, or of ``linear_weight``'s if that is smaller (neither with an fp32
-    ``main_grad``; in float16 always the first). To this add the gathered hidden states under sequence parallelism, a
+    plus, for 16-bit inputs, an fp32 sum of ``input``'s gradient, or of ``linear_weight``'s if that is smaller (neither
+    with an fp32 ``main_grad``; in float16 always the first). To this add the gathered hidden states under sequence parallelism, a
     copy of the weight where autocast changes its dtype, ``options.exp_cache_bytes``, and with Triton's kernels, where
     the rows of ``input`` or ``linear_weight`` do not start at multiples of 32 bytes, a copy of ``input`` or of 32 MiB
     of rows.
@@ -205,8 +205,9 @@ def linear_token_stats(
 
     What training after pre-training is made of: each output is one number per token, exact over the whole vocabulary
     and the same on every rank, and every real-valued one but ``argmax_logit`` is differentiable, alone or with others.
-    No logits are stored. Communication and memory are those of :func:`linear_cross_entropy`, whose cost this has; an
-    entropy adds little to it, whatever the vocabulary.
+    No logits are stored. Memory, communication and cost are nearly those of :func:`linear_cross_entropy`: an entropy adds
+    one number per token to what is sent, an argmax a second message, and each further target of a token two numbers. With
+    an entropy ``options.exp_cache_bytes`` is not used, so ask for what is needed only.
 
     Args:
         input, linear_weight: as in :func:`linear_cross_entropy`.
@@ -332,7 +333,7 @@ def linear_distillation(
         teacher_bias: ``(V_local,)``.
         teacher_logit_scale, teacher_logit_softcap: as the student's; both have one ``temperature``.
         token_weight: weights of all tokens, shaped as ``input`` without its last dimension (with
-            ``sequence_parallel``, dim 0 of all ranks together); 0 leaves a token out, whatever it holds.
+            ``sequence_parallel``, dim 0 of all ranks together); 0 leaves a token out of the loss, whatever it holds.
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: divided by the sum of the weights.
         **arguments: as in :func:`linear_token_stats`, of the student or of both.
 

@@ -322,7 +322,8 @@ def _check(model: LanguageModule) -> None:
         for setting, supported in settings.items():
             value = getattr(owner, setting, supported[0])
             if value not in supported:
-                raise ValueError(f"{name}.{of}.{setting} must be {supported[0]!r}, got {value!r}")
+                expected = " or ".join(map(repr, supported))
+                raise ValueError(f"{name}.{of}.{setting} must be {expected}, got {value!r}")
     _check_weight_stays(layer)
 
 

@@ -24,15 +24,16 @@ class ComputeOptions:
     """
 
     workspace_bytes: int | None = None
-    """Scratch memory of the backward in bytes: the block of logit gradients that is alive at a time is the largest
-    that fits, at least one kernel tile. ``None``: 128 MiB on an accelerator, where a larger block means fewer passes
-    over the fp32 gradient of the hidden states; 4 MiB on the CPU, where it should stay in the cache."""
+    """Scratch memory in bytes, of the backward and of what selects the top ``k``. The block of logit gradients that is
+    alive at a time takes no more, but at least one kernel tile; of the sizes that fit, the fastest is chosen. ``None``:
+    128 MiB on an accelerator, where a larger block means fewer passes over the fp32 gradient of the hidden states;
+    4 MiB on the CPU, where it should stay in the cache."""
 
     exp_cache_bytes: int = 0
     """Memory in bytes that the forward may keep for a faster backward: exponentials of the logits in the inputs' dtype,
     ``T · linear_weight.element_size()`` bytes for each of the shard's first rows that fit. The backward of these rows
-    needs no logits: of the four matrix products of forward and backward it leaves out one. 0: nothing of the size of
-    the shard's logits ever exists.
+    needs no logits: of the four matrix products of forward and backward it leaves out one. 0: nothing of the logits is
+    kept.
 
     Exact as without: tokens whose exponentials would leave the range of the dtype are recomputed. Used by Triton's
     kernels for bfloat16 and float32, unless label smoothing or an entropy is asked for: their gradients need more

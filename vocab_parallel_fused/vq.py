@@ -284,9 +284,7 @@ def _k_means(num_codes: int, seed: int) -> Any:
         from sklearn.cluster import KMeans
         from sklearn.utils import check_random_state
     except ImportError as error:
-        raise ImportError(
-            "from_linear needs scikit-learn for k-means: pip install 'vocab-parallel-fused[vq]'"
-        ) from error
+        raise ImportError("from_linear needs scikit-learn for k-means: pip install scikit-learn") from error
     check_random_state(seed)  # the estimator itself would look at it on rank 0 only
     return KMeans(num_codes, random_state=seed)
 
