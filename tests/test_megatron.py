@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
+import operator
 import pickle
 from collections.abc import Callable
 from itertools import product
@@ -29,6 +31,7 @@ pytest.importorskip("megatron.core")
 
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -55,7 +58,7 @@ from megatron_models import (
     without_attention,
 )
 
-from vocab_parallel_fused.megatron import LazyLogits, convert, linear_cross_entropy
+from vocab_parallel_fused.megatron import _OPERATORS, LazyLogits, convert, linear_cross_entropy
 
 # Sums of the same fp32 numbers in another order differ by a few of its units, 1.2e-7.
 TOLERANCE = 1e-5
@@ -176,6 +179,8 @@ def details_on_rank(group: ProcessGroup) -> None:
         memory_on_rank,
         logits_on_rank,
         lazy_logits_on_rank,
+        questions_on_rank,
+        operators_on_rank,
         inference_on_rank,
         frozen_on_rank,
         scale_on_rank,
@@ -187,7 +192,9 @@ def details_on_rank(group: ProcessGroup) -> None:
         stages_on_rank,
         checkpoints_on_rank,
         copies_on_rank,
-        refusals_on_rank,
+        refused_settings_on_rank,
+        refused_methods_on_rank,
+        undo_on_rank,
         function_on_rank,
     ):
         check(group)
@@ -278,10 +285,83 @@ def lazy_logits_on_rank(group: ProcessGroup) -> None:
             losses = [model.compute_language_model_loss(batch.labels.clamp(min=0), x) for x in (later, changed)]
             assert torch.equal(*losses)
             # A look at the logits without a graph must not take the gradient away from the loss.
-            seen, _ = layer(hidden)
+            for look in (torch.no_grad, torch.inference_mode):
+                seen, _ = layer(hidden)
+                with look():
+                    assert torch.equal(torch.argmax(input=seen, dim=-1), logits.argmax(dim=-1))
+                assert model.compute_language_model_loss(batch.labels.clamp(min=0), seen).requires_grad
+
+
+def questions_on_rank(group: ProcessGroup) -> None:
+    """What one rank alone may ask, since no logits are needed to answer."""
+    model = make_model(dtype=torch.bfloat16)
+    hidden = torch.randn(S, B, H, dtype=torch.bfloat16)
+    expected, _ = ColumnParallelLinear.forward(model.output_layer, hidden)
+    names = ("shape", "ndim", "device", "is_cuda", "dtype", "requires_grad")
+    with converted(model):
+        for autocast, flat in product([False, True], [False, True]):
+            with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+                lazy, _ = model.output_layer(hidden.flatten(0, 1) if flat else hidden)
+                if group.rank() == 0:
+                    like = expected.to(torch.float16 if autocast else expected.dtype).detach()
+                    like = (like.flatten(0, 1) if flat else like).requires_grad_()
+                    for name in names:
+                        assert getattr(lazy, name) == getattr(like, name), name
+                    assert (lazy.dim(), lazy.numel(), lazy.size()) == (like.dim(), like.numel(), like.size())
+            assert not lazy.is_materialized
+        with torch.no_grad():
+            lazy, _ = model.output_layer(hidden)
+            assert not lazy.requires_grad
+
+
+def operators_on_rank(_group: ProcessGroup) -> None:
+    """Operators are those of the logits, in whose memory those work that assign."""
+    assert all(hasattr(Tensor, f"__{name}__") for name in _OPERATORS)
+    model = make_model()
+    layer, hidden = model.output_layer, torch.randn(S, B, H)
+    logits = ColumnParallelLinear.forward(layer, hidden)[0].detach()
+    other = torch.rand_like(logits)
+    pure = [
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+    ]
+    in_place = [operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imod, operator.ipow]
+    with converted(model):
+
+        def lazy() -> Any:
             with torch.no_grad():
-                assert torch.equal(torch.argmax(input=seen, dim=-1), logits.argmax(dim=-1))
-            assert model.compute_language_model_loss(batch.labels.clamp(min=0), seen).requires_grad
+                return layer(hidden)[0]
+
+        for function, operand in product(pure, [0.7, other]):
+            case = (function.__name__, type(operand))
+            for actual, expected in (
+                (function(lazy(), operand), function(logits, operand)),
+                (function(operand, lazy()), function(operand, logits)),
+            ):
+                assert isinstance(actual, (Tensor, LazyLogits)), case
+                # NaN: a negative number to a power that is no whole number.
+                assert torch.allclose(actual.float(), expected.float(), equal_nan=True), case
+        for function in in_place:
+            held = same = lazy()
+            held = function(held, 0.7)
+            assert torch.allclose(held, function(logits.clone(), 0.7), equal_nan=True), function.__name__
+            assert torch.equal(same.materialized.nan_to_num(), held.nan_to_num()), function.__name__
+        masked = lazy()
+        masked[..., 3:] = -1e4
+        assert (masked[..., 3:] == -1e4).all()
+        assert torch.equal(masked[..., :3], logits[..., :3])
+        assert torch.equal(-lazy(), -logits)
+        assert torch.equal(abs(lazy()), logits.abs())
+        assert torch.equal(lazy() @ other.mT, logits @ other.mT)
+        assert len(lazy()) == len(logits)
+        assert all(torch.equal(*pair) for pair in zip(lazy(), logits, strict=True))
+        with pytest.raises(RuntimeError, match="ambiguous"):
+            bool(lazy())
+        halved = lazy() / 2.0
+        assert not halved.is_materialized, "a scaled copy needs no logits"
+        assert torch.equal(halved.float(), logits / 2.0)
+        assert torch.isinf(lazy() / 0.0).all()
+        assert len({lazy(), lazy()}) == 2
 
 
 def inference_on_rank(_group: ProcessGroup) -> None:
@@ -499,24 +579,26 @@ def copies_on_rank(_group: ProcessGroup) -> None:
             assert torch.equal(copied.weight, layer.weight)
 
 
-def refusals_on_rank(group: ProcessGroup) -> None:
-    def refused(model: Any, error: type[Exception], name: str) -> None:
-        before = attribute_names(model)
-        with pytest.raises(error, match=name):
-            convert(model)
-        assert attribute_names(model) == before, "a refused model was changed"
+def refused(model: Any, error: type[Exception], name: str) -> None:
+    before = attribute_names(model)
+    with pytest.raises(error, match=name):
+        convert(model)
+    assert attribute_names(model) == before, "a refused model was changed"
 
-    def change(function: Callable[[Any], None]) -> Any:
-        model = make_model()
-        function(model)
-        return model
 
+def change(function: Callable[[Any], None]) -> Any:
+    model = make_model()
+    function(model)
+    return model
+
+
+def refused_settings_on_rank(group: ProcessGroup) -> None:
     config: dict[str, Any] = {
         "defer_embedding_wgrad_compute": True,
         "config_logger_dir": "folder",
         "cross_entropy_fusion_impl": "linear",
     }
-    layer = {"skip_bias_add": True, "disable_grad_reduce": True, "explicit_expert_comm": True, "gtp_remat_size": 2}
+    layer = {"disable_grad_reduce": True, "explicit_expert_comm": True, "gtp_remat_size": 2}
     for name, value in config.items():
         refused(change(lambda m, name=name, value=value: setattr(m.config, name, value)), ValueError, f"config.{name}")
     for name, value in layer.items():
@@ -525,17 +607,50 @@ def refusals_on_rank(group: ProcessGroup) -> None:
             ValueError,
             f"output_layer.{name}",
         )
+    added_elsewhere = change(lambda m: setattr(m.output_layer, "skip_bias_add", True))
+    convert(added_elsewhere)()  # there is no bias, as in T5
+    added_elsewhere.output_layer.bias = torch.nn.Parameter(torch.zeros(V // group.size()))
+    refused(added_elsewhere, ValueError, "output_layer.skip_bias_add")
     gathered = change(lambda m: setattr(m.output_layer, "gather_output", True))
     if group.size() > 1:
         refused(gathered, ValueError, "gather_output")
     else:
         convert(gathered)  # nothing to gather
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        hooked = change(lambda m, register=register: getattr(m.output_layer, register)(print))
+        refused(hooked, ValueError, "backward hooks")
+    refused(torch.nn.Linear(2, 2), TypeError, "LanguageModule.*Linear")
+    with pytest.raises(TypeError, match=r"model must be .* got int"):
+        convert(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"options must be .* got dict"):
+        convert(make_model(), options={})  # pyright: ignore[reportArgumentType]
+
+
+def refused_methods_on_rank(_group: ProcessGroup) -> None:
+    """Heads and losses that compute something else, by a class of their own or replaced on Megatron-Core's."""
 
     class Capped(ColumnParallelLinear):
         def forward(self, *args: Any, **keywords: Any) -> Any:
             return super().forward(*args, **keywords)
 
-    refused(change(lambda m: setattr(m.output_layer, "__class__", Capped)), TypeError, "output_layer.*Capped")
+    class Scaled(ColumnParallelLinear):
+        def _forward_impl(self, *args: Any, **keywords: Any) -> Any:
+            return 2 * super()._forward_impl(*args, **keywords)
+
+    for layer_type in (Capped, Scaled):
+        name = f"output_layer.*{layer_type.__name__}"
+        refused(change(lambda m, new=layer_type: setattr(m.output_layer, "__class__", new)), TypeError, name)
+    refused(change(lambda m: setattr(m.output_layer, "_forward_impl", print)), TypeError, "output_layer")
+    # Replaced on the class itself, openly or behind the name of what is wrapped.
+    for owner, method, name in (
+        (ColumnParallelLinear, "forward", "output_layer"),
+        (ColumnParallelLinear, "_forward_impl", "output_layer"),
+        (LanguageModule, "compute_language_model_loss", "compute_language_model_loss"),
+    ):
+        for wrap in (functools.wraps(getattr(owner, method)), lambda function: function):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, method, wrap(lambda: None))
+                refused(make_model(), TypeError, name)
     # The dev branch's layer has a forward of its own, which without its own keywords is that of its base.
     Capped.forward.__module__ = "megatron.core.transformer.linear_cross_entropy"
     Capped.forward.__qualname__ = "LinearCrossEntropyModule.forward"
@@ -558,11 +673,19 @@ def refusals_on_rank(group: ProcessGroup) -> None:
         with pytest.raises(ValueError, match="fully_shard"):
             forward(model, make_batch(0), None)
 
-    refused(torch.nn.Linear(2, 2), TypeError, "LanguageModule.*Linear")
-    with pytest.raises(TypeError, match=r"model must be .* got int"):
-        convert(3)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"options must be .* got dict"):
-        convert(make_model(), options={})  # pyright: ignore[reportArgumentType]
+
+def undo_on_rank(group: ProcessGroup) -> None:
+    model = make_model()
+    undo = convert(model)
+    undo()
+    again = convert(model)
+    undo()  # is over, and leaves the second conversion alone
+    hidden = torch.ones(S, B, H)
+    assert isinstance(model.output_layer(hidden)[0], LazyLogits)
+    with pytest.raises(RuntimeError, match=r"weight must have .*shape"):
+        model.output_layer(hidden, weight=torch.ones(V // group.size() - 1, H))  # stock raises too
+    again()
+    assert isinstance(model.output_layer(hidden)[0], Tensor)
 
 
 def function_on_rank(group: ProcessGroup) -> None:

@@ -80,10 +80,10 @@ def linear_cross_entropy(
     ``options.keep_gathered_hidden`` in the forward only), and the all-reduce is a reduce-scatter. Extra memory:
     ``O(T)`` and a fixed tile or buffer of a few MiB in the forward; in the backward ``options.workspace_bytes``
     plus, for 16-bit inputs, an fp32 sum of ``input``'s gradient, or of ``linear_weight``'s if that is smaller (neither
-    with an fp32 ``main_grad``; in float16 always the first). To this add the gathered hidden states under sequence parallelism, a
-    copy of the weight where autocast changes its dtype, ``options.exp_cache_bytes``, and with Triton's kernels, where
-    the rows of ``input`` or ``linear_weight`` do not start at multiples of 32 bytes, a copy of ``input`` or of 32 MiB
-    of rows.
+    with an fp32 ``main_grad``; in float16 always the first). To this add the gathered hidden states under sequence
+    parallelism, a copy of the weight where autocast changes its dtype, ``options.exp_cache_bytes``, and with Triton's
+    kernels, where the rows of ``input`` or ``linear_weight`` do not start at multiples of 32 bytes, a copy of ``input``
+    or of 32 MiB of rows.
 
     Args:
         input: ``(*, H)`` hidden states, the same on every rank; with ``sequence_parallel`` this rank's part of dim 0.
@@ -109,7 +109,8 @@ def linear_cross_entropy(
         group: process group or one-dimensional device mesh over which the vocabulary is sharded. None: one rank that
             holds all rows.
         shard: which rows this rank holds. Default: equal shards in rank order, no padding.
-        sequence_parallel: dim 0 of ``input`` is sharded evenly over the group, in rank order.
+        sequence_parallel: dim 0 of ``input`` is sharded over the group, in rank order: as many tokens on every rank,
+            which is not checked where no target says how many there are.
         options: how to compute. Default: :class:`~vocab_parallel_fused.ComputeOptions`\ ``()``.
 
     Returns:
@@ -205,9 +206,9 @@ def linear_token_stats(
 
     What training after pre-training is made of: each output is one number per token, exact over the whole vocabulary
     and the same on every rank, and every real-valued one but ``argmax_logit`` is differentiable, alone or with others.
-    No logits are stored. Memory, communication and cost are nearly those of :func:`linear_cross_entropy`: an entropy adds
-    one number per token to what is sent, an argmax a second message, and each further target of a token two numbers. With
-    an entropy ``options.exp_cache_bytes`` is not used, so ask for what is needed only.
+    No logits are stored. Memory, communication and cost are nearly those of :func:`linear_cross_entropy`: an entropy
+    adds one number per token to what is sent, an argmax a second message, and each further target of a token two
+    numbers. With an entropy ``options.exp_cache_bytes`` is not used, so ask for what is needed only.
 
     Args:
         input, linear_weight: as in :func:`linear_cross_entropy`.

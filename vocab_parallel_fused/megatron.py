@@ -44,11 +44,20 @@ _OF_LAYER: dict[str, tuple[Any, ...]] = {
     "explicit_expert_comm": (False,),
     "gtp_remat_size": (1,),  # the weight is gathered for the forward of its layer alone
 }
-# The dev branch's layer can compute losses too, and otherwise does what its base does.
-_FORWARDS = (
+# By name, as a class whose method was replaced is not its own witness. The dev branch's layer can compute losses too,
+# and otherwise does what its base does.
+_KNOWN_METHODS = (
+    "megatron.core.models.common.language_module.language_module.LanguageModule.compute_language_model_loss",
+    "megatron.core.tensor_parallel.layers.ColumnParallelLinear._forward_impl",
     "megatron.core.tensor_parallel.layers.ColumnParallelLinear.forward",
     "megatron.core.transformer.linear_cross_entropy.LinearCrossEntropyModule.forward",
 )
+# Python looks for operators on the type, and passes `__getattr__` by.
+_OPERATORS = """
+    add radd iadd sub rsub isub imul rtruediv itruediv floordiv rfloordiv ifloordiv mod rmod imod pow rpow ipow
+    matmul rmatmul neg pos abs invert and rand iand or ror ior xor rxor ixor
+    eq ne lt le gt ge bool float int len iter contains getitem setitem
+""".split()  # noqa: SIM905 (reads better than fifty strings)
 
 
 def convert(model: nn.Module | Sequence[nn.Module], *, options: ComputeOptions | None = None) -> Callable[[], None]:
@@ -91,7 +100,8 @@ def convert(model: nn.Module | Sequence[nn.Module], *, options: ComputeOptions |
         module.compute_language_model_loss = partial(_compute_language_model_loss, module, options)
 
     def undo() -> None:
-        for module in converted:
+        while converted:  # once: the model may be converted again
+            module = converted.pop()
             vars(module.output_layer).pop("forward", None)
             vars(module).pop("compute_language_model_loss", None)
 
@@ -137,13 +147,14 @@ def linear_cross_entropy(
 class LazyLogits:
     """The logits ``[s, b, V_local]`` of this rank's rows, before anybody needs them.
 
-    To scale them, to ask for their shape, or for the largest of each token computes none. Other methods, indices and
-    torch functions are those of the logits themselves, which then come from Megatron-Core's own forward. The loss is
-    Megatron-Core's own then too, and sends other messages: all ranks of the group must ask for logits, or none.
+    To scale them, to ask for their shape, dtype or device, or for the largest of each token computes none. Other
+    methods, operators, indices and torch functions are those of the logits themselves, which then come from
+    Megatron-Core's own forward and the weight as it is at that moment. The loss is Megatron-Core's own then too, and
+    sends other messages: all ranks of the group must ask for logits, or none.
     """
 
     layer: ColumnParallelLinear
-    hidden: Tensor  # [s, b, H], or [s / R, b, H] under sequence parallelism
+    hidden: Tensor  # [s, b, H], or [s / R, b, H] under sequence parallelism; any number of dimensions
     weight: Tensor  # [V_local, H]
     sequence_parallel: bool  # the layer's when it was called, not when logits are needed: inference toggles it
     scale: float = 1.0
@@ -160,13 +171,41 @@ class LazyLogits:
 
     @property
     def shape(self) -> torch.Size:
-        sequence, batch, _ = self.hidden.shape
+        sequence, *others = self.hidden.shape[:-1]
         if self.sequence_parallel:
             sequence *= rank_and_size(self.group)[1]
-        return torch.Size((sequence, batch, self.weight.shape[0]))
+        return torch.Size((sequence, *others, self.weight.shape[0]))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def dim(self) -> int:
+        return self.hidden.ndim
+
+    @property
+    def ndim(self) -> int:
+        return self.hidden.ndim
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.hidden.is_cuda
+
+    @property
+    def dtype(self) -> torch.dtype:
+        kind = self.hidden.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.hidden.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        inputs = (self.hidden, self.weight, self.layer.bias)
+        return self.with_grad and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
     def __mul__(self, scale: Any) -> Any:
         if isinstance(scale, (int, float)) and not self.is_materialized:
@@ -175,9 +214,14 @@ class LazyLogits:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: Any) -> Any:
+        if isinstance(divisor, (int, float)) and divisor != 0 and not self.is_materialized:
+            return replace(self, scale=self.scale / divisor)
+        return self.materialized / divisor
+
     def max(self, dim: int | None = None, **keywords: Any) -> Any:
         """Along the last dimension: the largest logit of this rank's rows and its row, ``[s, b]``, no gradient."""
-        if dim not in (-1, 2) or keywords or self.is_materialized:
+        if dim not in (-1, self.ndim - 1) or keywords or self.is_materialized:
             return self.materialized.max(*(() if dim is None else (dim,)), **keywords)
         with torch.no_grad():
             hidden = gather_hidden(self.hidden, self.group) if self.sequence_parallel else self.hidden
@@ -198,7 +242,8 @@ class LazyLogits:
         layer = self.layer
         now, layer.sequence_parallel = layer.sequence_parallel, self.sequence_parallel
         try:
-            with torch.set_grad_enabled(self.with_grad):
+            # Who looks at them in inference mode may not be the last to use them.
+            with torch.inference_mode(False), torch.set_grad_enabled(self.with_grad):
                 logits, _ = ColumnParallelLinear.forward(layer, self.hidden, self.weight, False)
                 return logits if self.scale == 1.0 else logits * self.scale
         finally:
@@ -209,15 +254,20 @@ class LazyLogits:
             raise AttributeError(name)  # protocols of Python are asked for by copy and pickle, not by users of logits
         return getattr(self.materialized, name)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.materialized[index]
-
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.argmax and kwargs == {"dim": -1} and isinstance(args[0], LazyLogits):
             return args[0].max(dim=-1).indices
         args, kwargs = tree_map_only(LazyLogits, lambda logits: logits.materialized, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _of_logits(operator: str) -> Callable[..., Any]:
+    return lambda self, *operands: getattr(self.materialized, operator)(*operands)
+
+
+for _name in _OPERATORS:
+    setattr(LazyLogits, f"__{_name}__", _of_logits(f"__{_name}__"))
 
 
 def _forward(
@@ -229,10 +279,13 @@ def _forward(
     """``ColumnParallelLinear.forward`` of an output layer whose logits may not be needed."""
     if runtime_gather_output:
         return ColumnParallelLinear.forward(layer, input_, weight, runtime_gather_output)
-    _check_weight_stays(layer)  # again: data parallelism may have been set up after the conversion
+    _check_hooks(layer)  # again: they, and data parallelism, may have been set up after the conversion
     weight = layer.weight if weight is None else weight
     if weight is None:
         raise RuntimeError("weight must be given to an output layer that shares the embedding's, got None")
+    expected = (layer.output_size_per_partition, layer.input_size)
+    if weight.shape != expected:
+        raise RuntimeError(f"weight must have the output layer's shape {expected}, got {tuple(weight.shape)}")
     return LazyLogits(layer, input_, weight, layer.sequence_parallel), None
 
 
@@ -309,9 +362,13 @@ class _MainGrad(Function):
 def _check(model: LanguageModule) -> None:
     """Refuse a model whose logits are more than an input of its loss."""
     layer, config, name = model.output_layer, model.config, type(model).__name__
-    if not isinstance(layer, ColumnParallelLinear) or _full_name(type(layer).forward) not in _FORWARDS:
+    if (
+        not isinstance(layer, ColumnParallelLinear)
+        or not (_is_known(layer, "forward") and _is_known(layer, "_forward_impl"))
+        or "_forward_impl" in vars(layer)
+    ):
         raise TypeError(f"{name}.output_layer must compute as ColumnParallelLinear does, got {type(layer).__name__}")
-    if type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
+    if not _is_known(model, "compute_language_model_loss"):
         raise TypeError(f"{name}.compute_language_model_loss must be LanguageModule's, got one of its own")
     if "forward" in vars(layer) or "compute_language_model_loss" in vars(model):
         raise ValueError(f"{name} must not be converted yet, got one with a forward or a loss that was replaced")
@@ -321,17 +378,24 @@ def _check(model: LanguageModule) -> None:
     for owner, of, settings in ((config, "config", _OF_CONFIG), (layer, "output_layer", _OF_LAYER)):
         for setting, supported in settings.items():
             value = getattr(owner, setting, supported[0])
-            if value not in supported:
+            without_effect = setting == "skip_bias_add" and layer.bias is None
+            if value not in supported and not without_effect:
                 expected = " or ".join(map(repr, supported))
                 raise ValueError(f"{name}.{of}.{setting} must be {expected}, got {value!r}")
-    _check_weight_stays(layer)
+    _check_hooks(layer)
 
 
-def _full_name(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
+def _is_known(owner: Any, method: str) -> bool:
+    """Whether the method of the owner's type is one that this module knows, with nothing around it."""
+    function = getattr(type(owner), method)
+    known = f"{function.__module__}.{function.__qualname__}" in _KNOWN_METHODS
+    return known and not hasattr(function, "__wrapped__")
 
 
-def _check_weight_stays(layer: ColumnParallelLinear) -> None:
+def _check_hooks(layer: ColumnParallelLinear) -> None:
+    """Refuse what would run too early, or never, where the layer has no logits to return."""
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        raise ValueError("output_layer must have no backward hooks, which wait for gradients of logits")
     if isinstance(layer, FSDPModule):
         raise ValueError(
             "output_layer must not be wrapped by fully_shard on its own (use_torch_fsdp2), which frees the weight "

@@ -49,8 +49,8 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         group: process group or one-dimensional device mesh over which the vocabulary is sharded; None: one rank.
         shard: which rows this rank holds. Default: ``VocabShard.even(vocab_size, group)``.
         device, dtype: of the parameters.
-        **loss_arguments: those keywords of :func:`~vocab_parallel_fused.linear_cross_entropy` that :class:`LossArguments`
-            names, for every call.
+        **loss_arguments: keywords of :func:`~vocab_parallel_fused.linear_cross_entropy` for every call, of those that
+            :class:`LossArguments` names.
 
     The parameters are initialised as those of :class:`torch.nn.Linear` are, block of rows by block of rows, so that
     ranks whose random number generators agree hold parts of one matrix that does not depend on how many ranks there
