@@ -27,6 +27,7 @@ from vocab_parallel_fused.kernels.tiles import (
     LN2,
     current_arch,
     logits_tile,
+    num_processors,
     operand_kwargs,
     tile_position,
     times_derivative,
@@ -467,6 +468,7 @@ def local_divergence_grads(
         workspace_bytes=workspace_bytes,
         tile=(tile.block_t, tile.block_v),
         largest=(student.hidden.shape[0], student.weight.shape[0]),
+        processors=num_processors(student.hidden.device),
         matmul_beside=functools.partial(matmul_beside, message_bytes=buffers.message_bytes),
     )
 

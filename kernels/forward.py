@@ -257,12 +257,11 @@ def target_logit_kernel(
     target_row_ptr,  # [T, K] int64, not in [0, V): not in this shard
     target_logit_ptr,  # [T, K] out, 0 where the target is not in this shard
     owners_ptr,  # [T, K] out, 1 or 0
-    reference_ptr,  # [num_references] out, or None: the largest logit of some of the token's
+    reference_ptr,  # [T] out, or None: the largest logit of some of the token's
     T,
     V,
     H,
     K,
-    num_references,
     stride_hidden_t,
     stride_hidden_h,
     stride_weight_v,
@@ -311,8 +310,7 @@ def target_logit_kernel(
     if reference_ptr is not None:
         # Where no logit of the sample is finite, the backward recomputes the token.
         reference = tl.max(z, axis=1)
-        first_target = mask_n & (offs_n % K == 0) & (rows_t < num_references)
-        tl.store(reference_ptr + rows_t, reference, mask=first_target)
+        tl.store(reference_ptr + rows_t, reference, mask=mask_n & (offs_n % K == 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,7 +540,6 @@ def _target_logits(
         weight.shape[0],
         weight.shape[1],
         num_targets,
-        0 if reference is None else reference.shape[0],
         hidden.stride(0),
         hidden.stride(1),
         weight.stride(0),

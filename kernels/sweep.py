@@ -443,6 +443,8 @@ def _has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except torch.OutOfMemoryError:
+        raise  # is no answer, and would be kept for one
     except (NotImplementedError, RuntimeError, TypeError):
         return False
     return True

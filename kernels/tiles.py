@@ -275,6 +275,7 @@ def product_precision(dtype: torch.dtype, arch: str) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    if torch.backends.cuda.matmul.allow_tf32:
+    # Reading the older `allow_tf32` raises where the newer has been set.
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3" if arch.startswith("sm_") else "ieee"

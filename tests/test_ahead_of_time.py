@@ -45,6 +45,8 @@ TYPES = {"target_row_ptr": "*i64", "argmax_ptr": "*i64", "partial_argmax_ptr": "
 # All that the loss without options has of its kernels' optional pointers.
 PLAIN = {"partial_max", "partial_sum_exp", "max", "level", "dlogits"}
 TYPES |= {"inner": "fp32", "outer": "fp32"}
+# A launch makes a constant of every 1, and one target of each token is what a cross-entropy has.
+_ONE_TARGET = {"K": 1}
 # A row's maximum times −log2(e), fused into the difference from a logit's product that was rounded on its own.
 ROW_FUSED = r"fma\.rn\.f32\s+%\w+, %\w+, 0fBFB8AA3B, %"
 
@@ -105,11 +107,12 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         terms = ("class_weight", "slope", "grad_logit_sum", "scale")
         for transform, present in (("identity", ()), ("softcap", terms)):
             constants = backward._TARGET_LAUNCH | {"TRANSFORM": transform} | _absent(terms, present)
+            constants |= {} if present else _ONE_TARGET
             types = TYPES | {"dlogits_ptr": _element(dtype, pointer=True)}
             compiler.build(backward.target_dlogits_kernel, types, constants, {}, f"{dtype} {transform=}")
     merged = ("class_sum", "logit_sum", "sum_exp_logit", "argmax")
     for first, present in ((True, ()), (False, merged)):
-        constants = {"FIRST": first, **forward._MERGE_LAUNCH}
+        constants = {"FIRST": first, **forward._MERGE_LAUNCH} | ({"num_partials": 1} if first else {})
         for prefix in ("", "partial_"):
             constants |= _absent([prefix + name for name in merged], [prefix + name for name in present])
         compiler.build(forward.merge_partials_kernel, TYPES, constants, {}, f"{first=}")
@@ -122,11 +125,12 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
     loss_launch = dict(tokens._LOSS_LAUNCH)
     options = {"num_warps": loss_launch.pop("num_warps")}
     for absent in (("loss_ptr",), ("total_ptr", "sizes_ptr", "num_classes_ptr", "sums_ptr", "counter_ptr")):
-        constants = loss_launch | {"MEAN": "loss_ptr" in absent} | dict.fromkeys(absent)
+        one_rank = {"P": 1} if "sizes_ptr" in absent else {}
+        constants = loss_launch | {"MEAN": "loss_ptr" in absent} | dict.fromkeys(absent) | one_rank
         compiler.build(tokens.token_loss_kernel, token_types, constants, options, "")
     compiler.build(tokens.token_loss_grads_kernel, token_types, tokens._GRADS_LAUNCH, {}, "")
     for transform in ("identity", "softcap"):
-        constants = kept._SCALE_LAUNCH | {"TRANSFORM": transform}
+        constants = kept._SCALE_LAUNCH | {"TRANSFORM": transform} | (_ONE_TARGET if transform == "identity" else {})
         compiler.build(kept.kept_scale_kernel, TYPES | {"exps_ptr": "*bf16"}, constants, {}, transform)
     compiler.build(backward.add_repeated_kernel, TYPES, backward._TARGET_LAUNCH, {}, "")
     constants = {"BLOCK_V": selection._LARGEST_BLOCK, "BLOCK_K": 128}
@@ -204,6 +208,7 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
     target_constants = {"PRECISION": precision, "ALIGNMENT": 1, **forward.target_launch(compiler.arch, tile)}
     target_constants |= own_constants
     stages = {"num_stages": target_constants.pop("num_stages")}
+    target_constants |= _ONE_TARGET if transform == "identity" else {}
     del target_constants["USE_DESCRIPTORS"]
     compiler.build(forward.target_logit_kernel, gathered, target_constants, stages, about)
     if dtype != torch.float16:

@@ -1,13 +1,23 @@
 """What only a GPU can show. Run with the whole suite on a machine that has one; real shapes are in launch/check.py."""
 
+import functools
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from vocab_parallel_fused import ComputeOptions, collectives, linear_cross_entropy
+from vocab_parallel_fused import (
+    ComputeOptions,
+    collectives,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_token_stats,
+    linear_top_k,
+)
+from vocab_parallel_fused.divergence import Divergence
 from vocab_parallel_fused.kernels import sweep
 from vocab_parallel_fused.testing import (
     Problem,
@@ -55,13 +65,62 @@ def test_offsets_past_32_bits(shape: tuple[int, int, int]) -> None:
     assert_within_error_budget(actual._replace(loss=exact.loss), same, exact)
 
 
-def test_nothing_waits_for_the_device() -> None:
-    problem = make_problem(300, 64, 1000, dtype=torch.bfloat16, device="cuda")
-    gradients(per_token(problem), problem)  # compiles
+def cross_entropy_with_all_terms(problem: Problem, **options: Any) -> torch.Tensor:
+    class_weight = torch.ones(problem.weight.shape[0], device="cuda")
+    return linear_cross_entropy(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        linear_bias=problem.bias,
+        weight=class_weight,
+        token_weight=problem.upstream.abs(),
+        label_smoothing=0.1,
+        z_loss_weight=1e-3,
+        logit_softcap=30.0,
+        options=ComputeOptions(**options),
+    )
+
+
+def token_statistics(problem: Problem, **options: Any) -> torch.Tensor:
+    several = problem.target[:, None].expand(-1, 3)
+    stats = linear_token_stats(problem.hidden, problem.weight, several, options=ComputeOptions(**options))
+    assert stats.log_prob is not None
+    assert stats.entropy is not None
+    return stats.log_prob.sum() + stats.entropy.sum()
+
+
+def top_k(problem: Problem, **options: Any) -> torch.Tensor:
+    return linear_top_k(problem.hidden, problem.weight, 5, options=ComputeOptions(**options)).log_prob.sum()
+
+
+def distillation(divergence: Divergence, problem: Problem, **options: Any) -> torch.Tensor:
+    teacher = (problem.hidden.detach().flip(0), problem.weight.detach().flip(0))
+    arguments: Any = {"divergence": divergence, "options": ComputeOptions(**options)}
+    return linear_distillation(problem.hidden, problem.weight, *teacher, **arguments)
+
+
+CALLS: dict[str, Callable[..., torch.Tensor]] = {
+    "cross-entropy": lambda problem, **options: per_token(problem, **options).sum(),
+    "all terms": cross_entropy_with_all_terms,
+    "token statistics": token_statistics,
+    "top k": top_k,
+    **{name: functools.partial(distillation, name) for name in get_args(Divergence)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_nothing_waits_for_the_device(call: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    problem = make_problem(300, 64, 1000, dtype=dtype, device="cuda")
+
+    def run() -> None:
+        for exp_cache_bytes in (0, 2**20):
+            call(problem, exp_cache_bytes=exp_cache_bytes).backward()
+
+    run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, linear_bias=problem.bias)
-        loss.backward()
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -114,17 +173,14 @@ def test_messages_come_after_what_they_send_and_before_what_needs_them() -> None
     assert (received == 2).all()
 
 
-def test_float32_follows_the_precision_of_torch() -> None:
+def test_float32_follows_the_precision_of_torch(set_fp32_precision: Callable[[str], None]) -> None:
     problem = make_problem(300, 64, 1000, device="cuda")
     exact = full_logits_results(problem.to(torch.float64))
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        fast = max_error(per_token(problem), exact.loss)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        precise = max_error(per_token(problem), exact.loss)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    errors = []
+    for setting in ("tf32", "ieee"):
+        set_fp32_precision(setting)
+        errors.append(max_error(per_token(problem), exact.loss))
+    fast, precise = errors
     assert precise < 2e-6
     assert 1e-5 < fast < 1e-2
 

@@ -451,17 +451,58 @@ def uneven_rows_without_a_shard(group: ProcessGroup, rows: list[int], combine: C
         rf"VocabShard\(.*vocab_size={len(rows) * own}\) where all ranks together hold {sum(rows)} classes and "
         "expect different vocab_sizes"
     )
-    inputs = (torch.randn(3, H), torch.randn(own, H), torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(*inputs, group=group, options=options)
-    with pytest.raises(ValueError, match=message):
-        linear_token_stats(*inputs, group=group, options=options)
+    # The last class of all is none that the smallest shard would expect.
+    for target in (torch.tensor([0, 1, 2]), torch.tensor([0, 1, sum(rows) - 1])):
+        inputs = (torch.randn(3, H), torch.randn(own, H), target)
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(*inputs, group=group, options=options)
+        with pytest.raises(ValueError, match=message):
+            linear_token_stats(*inputs, group=group, options=options)
 
 
 @pytest.mark.parametrize("combine", get_args(Combine))
 @pytest.mark.parametrize("rows", [[5, 4], [5, 4, 6]], ids=str)
 def test_uneven_rows_without_a_shard(rows: list[int], combine: Combine) -> None:
     run_on_ranks(uneven_rows_without_a_shard, len(rows), rows, combine)
+
+
+def no_class_id_without_a_shard(group: ProcessGroup) -> None:
+    target = torch.tensor([0, 10, 2])
+    with pytest.raises(ValueError, match=r"target must be in \[0, 10\) or ignore_index, got 10 at position 1"):
+        linear_cross_entropy(torch.randn(3, H), torch.randn(5, H), target, group=group)
+
+
+def test_a_target_that_is_no_class_id_without_a_shard() -> None:
+    run_on_ranks(no_class_id_without_a_shard, 2)
+
+
+def target_changed_in_place(group: ProcessGroup, arguments: dict[str, Any]) -> None:
+    """An error of torch's on every rank: one that did not see the change would wait for the others' gradients."""
+    hidden, target = torch.randn(3, H, requires_grad=True), torch.tensor([0, 7, 2])
+    loss = linear_cross_entropy(hidden, torch.randn(5, H), target, group=group, **arguments)
+    target.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_a_target_that_is_changed_in_place(arguments: dict[str, Any]) -> None:
+    run_on_ranks(target_changed_in_place, 2, arguments)
+
+
+def default_device_elsewhere(group: ProcessGroup, combine: Combine) -> None:
+    problem = make_problem(8, H, 2 * H, bias=False)
+    shard = VocabShard.even(2 * H, group)
+    inputs = (problem.hidden, problem.weight[shard.start : shard.stop], problem.target)
+    options = ComputeOptions(combine=combine)
+    expected = linear_cross_entropy(*inputs, group=group, options=options)
+    with torch.device("meta"):
+        assert torch.equal(linear_cross_entropy(*inputs, group=group, options=options), expected)
+
+
+@pytest.mark.parametrize("combine", get_args(Combine))
+def test_the_default_device_has_no_say(combine: Combine) -> None:
+    run_on_ranks(default_device_elsewhere, 2, combine)
 
 
 def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]], message: str) -> None:
@@ -518,6 +559,7 @@ def bad_arguments_on_rank_one(group: ProcessGroup) -> None:
     shard = VocabShard.even(2 * H, group)
     bad: dict[str, Any] = {
         "weight": torch.ones(3),
+        "target": torch.full((8,), 2 * H),
         "token_weight": torch.ones(3),
         "label_smoothing": 2.0,
         "z_loss_weight": -1.0,
@@ -528,11 +570,9 @@ def bad_arguments_on_rank_one(group: ProcessGroup) -> None:
         sent: Any = []
         vpf_autograd.gather_stats = sent.append
         for name, value in bad.items():
-            arguments = {"group": group, "shard": shard, name: value}
+            arguments = {"target": problem.target, "group": group, "shard": shard, name: value}
             with pytest.raises(ValueError, match=f"^{name} must"):
-                linear_cross_entropy(
-                    problem.hidden, problem.weight[shard.start : shard.stop], problem.target, **arguments
-                )
+                linear_cross_entropy(problem.hidden, problem.weight[shard.start : shard.stop], **arguments)
         assert not sent
 
 

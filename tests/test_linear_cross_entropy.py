@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -474,11 +475,22 @@ def test_the_z_loss_of_ignored_tokens(impl: Impl, device: torch.device) -> None:
     assert torch.isfinite(dtoken_weight).all()
 
 
+@pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "tf32x3")])
+def test_products_of_fp32_follow_torch(setting: str, precision: str, set_fp32_precision: Callable[[str], None]) -> None:
+    """Also where it was set in torch's newer way, after which to read the older one raises."""
+    tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
+    set_fp32_precision(setting)
+    assert tiles.product_precision(torch.float32, "sm_90") == precision
+    assert tiles.product_precision(torch.float32, "gfx942") == ("tf32" if setting == "tf32" else "ieee")
+    assert tiles.product_precision(torch.bfloat16, "sm_90") == "ieee"
+
+
 def test_backward_twice_gives_the_same_bits(impl: Impl, device: torch.device) -> None:
     problem = make_problem(50, 16, 131, dtype=torch.float16, device=device)
     first, second = run(problem, impl), run(problem, impl)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
-    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
+    options = ComputeOptions(impl=impl)
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options)
     once, twice = (torch.autograd.grad(loss, problem.weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, twice)
 

@@ -83,11 +83,11 @@ def test_peak_on_a_gpu() -> None:
     problem = make_problem(T, H, V, dtype=torch.bfloat16, device="cuda", bias=False)
     options = ComputeOptions(workspace_bytes=32 * 2**20)
     extra = 0
-    for _ in range(2):  # the first call compiles, and makes the gradients that the second adds to
+    for _ in range(2):  # the first call compiles, and makes gradients in whose place those of the second come
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         problem.hidden.grad = problem.weight.grad = None
         linear_cross_entropy(problem.hidden, problem.weight, problem.target, options=options).backward()
         extra = torch.cuda.max_memory_allocated() - before
-    assert extra < 32 * 2**20 + 4 * T * H + problem.hidden.nbytes + problem.weight.nbytes + 8 * 2**20
+    assert extra < 32 * 2**20 + 4 * T * H + 8 * 2**20

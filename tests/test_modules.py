@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vocab_parallel_fused import ComputeOptions, VocabParallelLinearCrossEntropy, VocabShard
 from vocab_parallel_fused.testing import run_on_ranks
@@ -100,6 +103,26 @@ def test_can_be_made_without_memory() -> None:
     torch.manual_seed(5)
     head.reset_parameters()
     assert torch.equal(head.weight, expected.weight)
+
+
+def initialised_under_fsdp(group: ProcessGroup) -> None:
+    torch.manual_seed(5)
+    expected = VocabParallelLinearCrossEntropy(H, V, bias=True)
+    head = VocabParallelLinearCrossEntropy(H, V, bias=True, device="meta")
+    fully_shard(head, mesh=DeviceMesh("cpu", list(range(group.size()))))
+    head.to_empty(device="cpu")
+    torch.manual_seed(5)
+    head.reset_parameters()
+    for name, parameter in expected.named_parameters():
+        sharded = head.get_parameter(name)
+        assert isinstance(sharded, DTensor)
+        assert torch.equal(sharded.full_tensor(), parameter)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_deferred_initialisation_under_fsdp(world_size: int) -> None:
+    """Parameters that ``fully_shard`` has cut into parts, evenly or not, get the numbers of whole ones."""
+    run_on_ranks(initialised_under_fsdp, world_size)
 
 
 def test_initialisation_does_not_depend_on_the_default_dtype() -> None:

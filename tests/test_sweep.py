@@ -1,6 +1,7 @@
 """The backward's walk over blocks: what it plans, in which order it works, and what it needs for that."""
 
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,6 +31,18 @@ def plan(T: int, H: int, V: int, *, main_grad: bool, workspace_bytes: int = 128 
         largest=(T, V),
         processors=132,
     )
+
+
+def test_no_memory_for_asking_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept for one, it would make all later products many times slower."""
+
+    sweep._has_mixed_gemm.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "addmm", Mock(side_effect=[torch.OutOfMemoryError, None]))
+        with pytest.raises(torch.OutOfMemoryError):
+            sweep._has_mixed_gemm(torch.device("cpu"), torch.bfloat16)
+        assert sweep._has_mixed_gemm(torch.device("cpu"), torch.bfloat16)
+    sweep._has_mixed_gemm.cache_clear()
 
 
 @pytest.mark.parametrize("main_grad", [False, True])

@@ -4,7 +4,7 @@ What only the other ranks can tell, that the shards tile the vocabulary, is chec
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V_local]
     plan: Plan
     input_shape: tuple[int, ...]
+    vocab_size_is_known: bool  # or derived from this rank's number of rows, as another rank may not
 
     @property
     def num_parts(self) -> int:
@@ -78,11 +79,11 @@ def resolve_head(
         raise TypeError(f"sequence_parallel must be a bool, got {sequence_parallel!r}")
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     process_group = resolve_group(group)
-    hidden, weight = _autocast(input, linear_weight)
-    _check_layer(hidden, weight, linear_bias, ("input", "linear_weight", "linear_bias"))
+    hidden, weight = _resolve_layer(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
     rank, world_size = rank_and_size(process_group)
     if sequence_parallel and world_size > 1 and hidden.ndim == 1:
         raise ValueError("input must have a token dimension to be sharded with sequence_parallel, got shape (H,)")
+    vocab_size_is_known = shard is not None or world_size == 1
     shard = _resolve_shard(shard, weight, rank, world_size)
     kernels = select_kernels(options.impl, hidden)
     workspace_bytes = options.workspace_bytes
@@ -103,7 +104,7 @@ def resolve_head(
     )
     tokens = hidden.reshape(-1, hidden.shape[-1])
     bias = None if linear_bias is None else linear_bias.contiguous()
-    return Head(tokens, weight, bias, plan, tuple(hidden.shape))
+    return Head(tokens, weight, bias, plan, tuple(hidden.shape), vocab_size_is_known)
 
 
 def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bool = False) -> Tensor:
@@ -121,8 +122,11 @@ def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bo
             f"target must have shape {head.token_shape}{also} for input of shape {head.input_shape}{reason}, "
             f"got {tuple(target.shape)}"
         )
+    if target.numel() >= 2**31:
+        raise ValueError(f"target must have fewer than 2**31 entries, got {tuple(target.shape)}")
     target = target.reshape(math.prod(head.token_shape), 1 if one_each else target.shape[-1]).contiguous()
-    check_target_range(target, ignore_index, head.plan.shard.vocab_size)
+    if head.vocab_size_is_known:  # otherwise all ranks look at it together, in `check_owners`
+        check_target_range(target, ignore_index, head.plan.shard.vocab_size)
     return target
 
 
@@ -140,8 +144,7 @@ def resolve_teacher(
     except (TypeError, ValueError) as error:
         raise type(error)(f"teacher_{error}") from None
     check_tensor("teacher_input", hidden, head.hidden)
-    hidden, weight = _autocast(hidden, weight)
-    _check_layer(hidden, weight, bias, ("teacher_input", "teacher_weight", "teacher_bias"))
+    hidden, weight = _resolve_layer(hidden, weight, bias, ("teacher_input", "teacher_weight", "teacher_bias"))
     if hidden.dtype != head.hidden.dtype:
         raise TypeError(f"teacher_input must have input's dtype {head.hidden.dtype}, got {hidden.dtype}")
     if tuple(hidden.shape[:-1]) != head.input_shape[:-1]:
@@ -188,48 +191,46 @@ def resolve_number(name: str, value: float, *, largest: float = math.inf) -> flo
     return value
 
 
-def _autocast(input: Tensor, linear_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast as torch's autocast does for a linear layer, if it is on for the input's device."""
-    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
-        return input, linear_weight
-    dtype = torch.get_autocast_dtype(input.device.type)
-
-    def cast(tensor: Any) -> Any:
-        # Autocast leaves fp64 alone.
-        return tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _DTYPES[:3] else tensor
-
-    return cast(input), cast(linear_weight)
-
-
 def check_tensor(name: str, tensor: Tensor, input: Tensor) -> None:
     """A plain tensor on ``input``'s device."""
     if isinstance(tensor, DTensor):
         raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass its to_local() and the group")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be a strided tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
     if tensor.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold data, got a meta tensor")
 
 
-def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
-    """``names`` are those of the three arguments."""
+def _resolve_layer(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
+) -> tuple[Tensor, Tensor]:
+    """Input and weight, cast as torch's autocast does for a linear layer. ``names`` are those of all three."""
     of_input, of_weight, of_bias = names
-    named = {of_input: input, of_weight: weight} | ({} if bias is None else {of_bias: bias})
+    named = {of_input: hidden, of_weight: weight} | ({} if bias is None else {of_bias: bias})
     for name, tensor in named.items():
-        check_tensor(name, tensor, input)
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"{of_input} must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.ndim < 1 or input.shape[-1] < 1:
-        raise ValueError(f"{of_input} must have shape (*, H) with H >= 1, got {tuple(input.shape)}")
-    hidden_size = input.shape[-1]
+        check_tensor(name, tensor, hidden)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        # It leaves fp64 alone.
+        hidden, weight = (tensor.to(dtype) if tensor.dtype in _DTYPES[:3] else tensor for tensor in (hidden, weight))
+    if hidden.dtype not in _DTYPES:
+        raise TypeError(f"{of_input} must be float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{of_input} must have shape (*, H) with H >= 1, got {tuple(hidden.shape)}")
+    hidden_size = hidden.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != hidden_size:
         raise ValueError(f"{of_weight} must have shape (V_local, {hidden_size}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{of_bias} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if weight.dtype != input.dtype:
-        raise TypeError(f"{of_weight} must have {of_input}'s dtype {input.dtype}, got {weight.dtype}")
-    if bias is not None and bias.dtype not in (input.dtype, torch.float32):
-        raise TypeError(f"{of_bias} must have {of_input}'s dtype {input.dtype}, or fp32, got {bias.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{of_weight} must have {of_input}'s dtype {hidden.dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(f"{of_bias} must have {of_input}'s dtype {hidden.dtype}, or fp32, got {bias.dtype}")
+    return hidden, weight
 
 
 def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, world_size: int) -> VocabShard:
@@ -265,7 +266,7 @@ def _main_grad(linear_weight: Tensor) -> Tensor:
 
 
 def check_target_range(target: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """On the CPU, reject ids outside the vocabulary before any communication. Elsewhere `check_owners` asserts."""
+    """On the CPU, reject ids outside the vocabulary. Elsewhere `check_owners` asserts."""
     if target.device.type == "cpu":
         outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
         if outside.any():
@@ -293,12 +294,14 @@ def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
         )
 
 
-def check_owners(owners: Tensor, target: Tensor, ignore_index: int) -> None:
-    """Exactly one rank must have found each target among its rows, or the shards do not tile the vocabulary."""
+def check_owners(owners: Tensor, target: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Exactly one rank must have found each target among its rows, or it is no class id, or the shards do not tile the
+    vocabulary."""
     good = (owners == 1) | (target == ignore_index)
     if target.device.type != "cpu":
         _assert_covered(good.all())
     elif not good.all():
+        check_target_range(target, ignore_index, vocab_size)
         position = int((~good).flatten().nonzero()[0])
         raise ValueError(
             f"shard must cover [0, vocab_size) exactly once over the group, but {int(owners.flatten()[position])} "
@@ -315,7 +318,7 @@ def check_cover(
         _assert_covered(covered)
     elif not covered:
         check_shards(num_classes, shard)
-        check_owners(owners, target, ignore_index)
+        check_owners(owners, target, ignore_index, shard.vocab_size)
 
 
 def _assert_covered(covered: Tensor) -> None:

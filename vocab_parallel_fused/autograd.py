@@ -169,7 +169,10 @@ class _TokenStatsFunction(Function):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         of_whole = (whole.max_logit, whole.sum_exp, whole.sum_exp_logit)
-        ctx.save_for_backward(hidden, weight, bias, target_row, target_logit, class_weight, *of_whole, *(cache or ()))
+        # The target for its version alone: where the shard starts at 0 it is `target_row` itself, and a change of it in
+        # place would be an error there and leave the other ranks waiting.
+        of_tokens = (target, target_row, target_logit)
+        ctx.save_for_backward(hidden, weight, bias, *of_tokens, class_weight, *of_whole, *(cache or ()))
         ctx.mark_non_differentiable(
             *(t for t in (stats.max_logit, stats.argmax, whole.owners, num_classes) if t is not None)
         )
@@ -185,7 +188,7 @@ class _TokenStatsFunction(Function):
         grad_expected_logit: Tensor | None,
         *_grads: None,
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target_row, target_logit, class_weight, *of_whole = ctx.saved_tensors
+        hidden, weight, bias, _, target_row, target_logit, class_weight, *of_whole = ctx.saved_tensors
         max_logit, sum_exp, sum_exp_logit, *kept = of_whole
         if grad_target_logit is None:
             grad_target_logit = torch.zeros_like(target_logit)

@@ -78,24 +78,23 @@ def gather_stats(
     if world_size == 1:
         return PartStats._make(None if field is None else field[None] for field in local), None
     if combine == "all_gather":
-        parts, sizes = _unpack(gather_stacked(_pack(local[:-1], num_rows, vocab_size), group), local)
-        if local.argmax is not None:
-            parts = parts._replace(argmax=gather_stacked(local.argmax, group))
-        return parts, sizes
+        fields, sizes = _unpack(gather_stacked(_pack(local[:-1], num_rows, vocab_size), group), local[:-1])
+        argmax = None if local.argmax is None else gather_stacked(local.argmax, group)
+        return PartStats._make([*fields, argmax]), sizes
     # The largest and the smallest number that a rank expects are equal if all are.
     message = _pack(local[:1], vocab_size, -vocab_size)
     dist.all_reduce(message, dist.ReduceOp.MAX, group=group)
     max_logit = message[:-4].view_as(local.max_logit)
     largest, smallest = message[-4:-2], -message[-2:]
     aligned = measured_from(local, max_logit)
-    message = _pack(aligned[:-1], num_rows)
+    message = _pack(aligned[1:-1], num_rows)
     dist.all_reduce(message, group=group)
-    parts, held = _unpack(message[None], local)
+    sums, held = _unpack(message[None], aligned[1:-1])
     if aligned.argmax is not None:
         dist.all_reduce(aligned.argmax, dist.ReduceOp.MIN, group=group)
     argmax = None if aligned.argmax is None else aligned.argmax[None]
     sizes = torch.stack([torch.cat([held[0], largest]), torch.cat([torch.zeros_like(held[0]), smallest])])
-    return parts._replace(max_logit=max_logit[None], argmax=argmax), sizes
+    return PartStats._make([max_logit[None], *sums, argmax]), sizes
 
 
 def gather_top_k(logit: Tensor, index: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -131,19 +130,18 @@ def _pack(statistics: Sequence[Tensor | None], *numbers: int) -> Tensor:
     for number, digits in zip(numbers, message[-num_digits:].split(2), strict=True):
         high = int(number / DIGIT)
         # By one launch: to assign a number to an element is a copy from the host, for which it would wait.
-        torch.linspace(high, number - high * DIGIT, 2, out=digits)
+        torch.linspace(high, number - high * DIGIT, 2, out=digits, device=digits.device)
     return message
 
 
-def _unpack(message: Tensor, like: PartStats) -> tuple[PartStats, Tensor]:
-    """The statistics in messages ``[P, N]``, except the argmax, and the digits after them."""
-    sizes = [0 if field is None else field.numel() for field in like[:-1]]
+def _unpack(message: Tensor, like: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """The statistics in messages ``[P, N]``, and the digits after them."""
+    sizes = [0 if field is None else field.numel() for field in like]
     *chunks, digits = message.split([*sizes, message.shape[-1] - sum(sizes)], dim=-1)
     fields = [
-        None if field is None else chunk.unflatten(-1, field.shape)
-        for chunk, field in zip(chunks, like[:-1], strict=True)
+        None if field is None else chunk.unflatten(-1, field.shape) for chunk, field in zip(chunks, like, strict=True)
     ]
-    return PartStats._make([*fields, None]), digits
+    return fields, digits
 
 
 def gather_hidden(hidden: Tensor, group: ProcessGroup | None) -> Tensor:

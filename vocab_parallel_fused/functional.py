@@ -334,7 +334,8 @@ def linear_distillation(
         teacher_bias: ``(V_local,)``.
         teacher_logit_scale, teacher_logit_softcap: as the student's; both have one ``temperature``.
         token_weight: weights of all tokens, shaped as ``input`` without its last dimension (with
-            ``sequence_parallel``, dim 0 of all ranks together); 0 leaves a token out of the loss, whatever it holds.
+            ``sequence_parallel``, dim 0 of all ranks together); 0 leaves a token out of the loss, whatever it holds,
+            and has no gradient.
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: divided by the sum of the weights.
         **arguments: as in :func:`linear_token_stats`, of the student or of both.
 
@@ -388,5 +389,5 @@ def _token_stats(
     inputs = (head.hidden, head.weight, head.bias, labels, class_weight)
     stats, owners, num_classes = token_stats(*inputs, wanted, head.plan)  # pyright: ignore[reportCallIssue]
     check_shards(num_classes, shard)
-    check_owners(owners, labels, ignore_index)
+    check_owners(owners, labels, ignore_index, shard.vocab_size)
     return stats

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import Self, TypedDict, Unpack
 
 from vocab_parallel_fused.arguments import LinearArguments
@@ -23,6 +24,13 @@ from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard, check_size
 
 _INIT_ROWS = 1024
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The parameter itself, or memory for all of one of which ``fully_shard`` left a part here."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 class LossArguments(TypedDict, total=False):
@@ -98,26 +106,29 @@ class VocabParallelLinearCrossEntropy(nn.Module):
 
         One number from the default generator seeds a generator per block of global rows, so every rank draws only the
         blocks it holds a part of, and the default generators of all ranks move on alike. On the meta device nothing is
-        drawn: call this again once the parameters have memory.
+        drawn: call this again once the parameters have memory. Under ``fully_shard`` each rank then draws all rows of
+        its ``shard`` for a moment, and keeps its part.
         """
         seed = int(torch.randint(2**62, (), device="cpu"))
         if self.weight.is_meta:
             return
         bound = 1 / math.sqrt(self.in_features)
-        self.weight.zero_()
-        if self.bias is not None:
-            self.bias.zero_()
+        weight, bias = _whole(self.weight).zero_(), None if self.bias is None else _whole(self.bias).zero_()
         start, stop = self.shard.start, self.shard.start + self.shard.num_valid_rows
         for block in range(start // _INIT_ROWS * _INIT_ROWS, stop, _INIT_ROWS):
-            generator = torch.Generator(self.weight.device).manual_seed(seed + block)
+            generator = torch.Generator(weight.device).manual_seed(seed + block)
             # Weight and bias in one draw of fp32, so that neither dtype nor bias changes the numbers.
-            values = torch.empty(_INIT_ROWS, self.in_features + 1, dtype=torch.float32, device=self.weight.device)
+            values = torch.empty(_INIT_ROWS, self.in_features + 1, dtype=torch.float32, device=weight.device)
             values.uniform_(-bound, bound, generator=generator)
             first, last = max(start, block), min(stop, block + _INIT_ROWS)
             drawn = values[first - block : last - block]
-            self.weight[first - start : last - start] = drawn[:, :-1].to(self.weight.dtype)
-            if self.bias is not None:
-                self.bias[first - start : last - start] = drawn[:, -1].to(self.bias.dtype)
+            weight[first - start : last - start] = drawn[:, :-1].to(weight.dtype)
+            if bias is not None:
+                bias[first - start : last - start] = drawn[:, -1].to(bias.dtype)
+        for parameter, whole in ((self.weight, weight), (self.bias, bias)):
+            if isinstance(parameter, DTensor) and whole is not None:
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
         """The loss of ``input`` ``(*, H)`` for ``target`` ``(*)``, each as in the function."""

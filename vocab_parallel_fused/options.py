@@ -41,7 +41,7 @@ class ComputeOptions:
     """
 
     combine: Combine = "all_gather"
-    """How the ranks' statistics become those of the whole vocabulary.
+    """How the ranks' statistics become those of the whole vocabulary. Equal on all ranks.
 
     - ``"all_gather"``: one packed all-gather, merged in rank order by every rank: the result is a function of the
       shards alone, whatever algorithm the communication library picks.
@@ -52,7 +52,8 @@ class ComputeOptions:
     accumulate_main_grad: bool = False
     """Add the weight's gradient into ``linear_weight.main_grad``, an fp32 tensor of the weight's shape that the caller
     owns, inside the matrix product that makes it (for float16, after it). ``linear_weight.grad`` is then left alone.
-    This is how Megatron sums gradients over micro-batches; the attribute is read in the forward."""
+    This is how Megatron sums gradients over micro-batches; the attribute is read in the forward. Any backward of the
+    loss adds to it, :func:`torch.autograd.grad` of other inputs too."""
 
     keep_gathered_hidden: bool = False
     """Under ``sequence_parallel``, keep the hidden states of all tokens from the forward to the backward, which then
