@@ -161,9 +161,7 @@ def test_only_collectives_communicates() -> None:
                 assert "distributed" not in {alias.name for alias in node.names}, module
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
                 names = {alias.name for alias in node.names}
-                assert node.module in types or names <= {"ProcessGroup", "FSDPModule"}, (
-                    f"{module} imports {names} of {node.module}"
-                )
+                assert node.module in types or names <= {"ProcessGroup"}, f"{module} imports {names} of {node.module}"
                 assert not module.startswith("kernels."), f"{module} knows a process group"
             elif isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("torch.distributed") for alias in node.names), module

@@ -665,7 +665,12 @@ def refused_methods_on_rank(_group: ProcessGroup) -> None:
     class Wrapped(FSDPModule, ColumnParallelLinear):
         pass
 
-    refused(change(lambda m: setattr(m.output_layer, "__class__", Wrapped)), ValueError, "fully_shard")
+    class FsdpModule(ColumnParallelLinear):
+        """As Megatron-FSDP's is called."""
+
+    for wrapped in (Wrapped, FsdpModule):
+        name = f"fully_shard.* got {wrapped.__name__}"
+        refused(change(lambda m, new=wrapped: setattr(m.output_layer, "__class__", new)), ValueError, name)
     model = make_model()
     with converted(model):
         refused(model, ValueError, "converted")

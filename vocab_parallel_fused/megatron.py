@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 
 from vocab_parallel_fused import functional
@@ -396,8 +395,9 @@ def _check_hooks(layer: ColumnParallelLinear) -> None:
     """Refuse what would run too early, or never, where the layer has no logits to return."""
     if layer._backward_hooks or layer._backward_pre_hooks:
         raise ValueError("output_layer must have no backward hooks, which wait for gradients of logits")
-    if isinstance(layer, FSDPModule):
+    # torch's FSDPModule, and in Megatron-FSDP from 0.19 on an FsdpModule.
+    if any(base.__name__.lower() == "fsdpmodule" for base in type(layer).__mro__):
         raise ValueError(
-            "output_layer must not be wrapped by fully_shard on its own (use_torch_fsdp2), which frees the weight "
-            "before the loss; got an FSDPModule"
+            "output_layer must not be wrapped by fully_shard on its own (use_torch_fsdp2, Megatron-FSDP), which frees "
+            f"the weight before the loss; got {type(layer).__name__}"
         )
