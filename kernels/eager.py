@@ -34,6 +34,8 @@ from vocab_parallel_fused.transform import Operands
 
 _TILE_TOKENS = 1024
 _TILE_ROWS = 1024
+# Where exp(z − max) is 0 in fp64 too, and remains so times any factor that this product leaves finite.
+_LEAST_DIFFERENCE = -1000.0
 _TILE_COPIES = 3  # logits, their gradients and the result of an elementwise step are alive together
 
 
@@ -142,7 +144,7 @@ def local_grads(
         if slope is None:
             out *= level[tokens, None]
         else:
-            differences.masked_fill_(differences == -torch.inf, 0.0)
+            differences.clamp_(min=_LEAST_DIFFERENCE)
             out *= differences.mul_(slope[tokens, None]).add_(level[tokens, None])
         if grad_logit_sum is not None:
             weights = 1.0 if class_weight is None else class_weight[rows]

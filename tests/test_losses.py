@@ -243,6 +243,15 @@ def test_k3_of_policies_that_nearly_agree() -> None:
     torch.testing.assert_close(k3_kl(torch.zeros(3), r).double(), exact, rtol=2 * 2**-23 / 1e-3, atol=0)
 
 
+def test_k3_of_a_token_without_probability() -> None:
+    """A class masked by a bias of −∞ has the log-probability −∞: ∞ − ∞ must not make a NaN of the infinite estimate."""
+    log_prob = torch.tensor([-math.inf, -1.0], requires_grad=True)
+    loss = k3_kl(log_prob, torch.tensor([-1.0, -math.inf]))
+    assert torch.equal(loss, torch.full((2,), math.inf))
+    (grad,) = torch.autograd.grad(loss.sum(), log_prob)
+    assert torch.equal(grad, torch.tensor([-math.inf, 1.0]))
+
+
 def test_policy_constants_have_no_gradient() -> None:
     """A reference or a value model in the same graph must not be trained by these terms."""
     log_prob, old, ref, advantage = (torch.randn(3, 4, requires_grad=True) for _ in range(4))
@@ -421,6 +430,19 @@ def test_dpo_of_policies_far_apart() -> None:
     assert torch.equal(margin.grad, torch.tensor([-1.0, 0.0]))
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_dpo_of_an_answer_without_probability(label_smoothing: float) -> None:
+    """As the formula says, in which the smoothing of an infinite logarithm counts only where there is one."""
+    chosen = torch.tensor([-5.0, -math.inf], requires_grad=True)
+    rejected = torch.tensor([-math.inf, -5.0], requires_grad=True)
+    ref = torch.tensor([-5.0, -6.0])
+    loss = dpo_loss(chosen, rejected, ref, ref, beta=0.5, label_smoothing=label_smoothing)
+    assert torch.equal(loss, torch.tensor([math.inf if label_smoothing > 0 else 0.0, math.inf]))
+    grads = torch.autograd.grad(loss.sum(), [chosen, rejected])
+    slope = 0.5 * torch.tensor([label_smoothing, label_smoothing - 1])
+    torch.testing.assert_close(grads, (slope, -slope))
+
+
 class Distillation(NamedTuple):
     """A student's and a teacher's logits [T, V], and the teacher's best K classes [T, K] of each token."""
 
@@ -512,6 +534,37 @@ def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
     assert (loss == 0).all()
     (grad,) = torch.autograd.grad(loss.sum(), problem.student)
     assert grad.abs().max() < rounding(torch.float32)
+
+
+@pytest.mark.parametrize("student", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher", [torch.float32, torch.float64], ids=str)
+def test_a_student_and_a_teacher_of_different_precision(student: torch.dtype, teacher: torch.dtype) -> None:
+    """What rounding leaves of the tail on one side must not be weighed by the other's precision."""
+    log_q = torch.randn(1000, 50, generator=torch.Generator().manual_seed(0)).mul(8).log_softmax(-1).topk(20).values
+    log_p = log_q.to(student).requires_grad_()
+    loss = top_k_distillation_loss(log_p, log_q.to(teacher))
+    assert (loss == 0).all()
+    (grad,) = torch.autograd.grad(loss.sum(), log_p)
+    assert grad.abs().max() <= 1
+
+
+def test_a_teacher_of_fewer_digits_than_its_student() -> None:
+    """The student's exact numbers against the same ones rounded: gradients of rounding, not of its reciprocal."""
+    exact = (
+        torch.randn(1000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(8).log_softmax(-1)
+    )
+    log_p = exact.topk(20).values.requires_grad_()
+    (grad,) = torch.autograd.grad(top_k_distillation_loss(log_p, log_p.float()).sum(), log_p)
+    assert grad.abs().max() <= 1
+
+
+def test_a_stored_probability_that_underflows() -> None:
+    """It adds nothing, also where the student rules its class out."""
+    log_p = torch.tensor([[-0.5, -math.inf]], requires_grad=True)
+    loss = top_k_distillation_loss(log_p, torch.tensor([[-0.5, -200.0]]))
+    assert torch.equal(loss, torch.zeros(1))
+    (grad,) = torch.autograd.grad(loss.sum(), log_p)
+    torch.testing.assert_close(grad, torch.zeros(1, 2), rtol=0, atol=2**-22)
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])

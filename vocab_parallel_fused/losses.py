@@ -14,6 +14,7 @@ minimised. GRPO with a penalty on the KL divergence and an entropy bonus is::
 nor a gradient; their losses and gradients are 0.
 """
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -111,8 +112,8 @@ def k3_kl(log_prob: Tensor, ref_log_prob: Tensor, *, mask: Tensor | None = None)
     """
     log_prob, ref_log_prob = _tensors_of_one_shape(mask, log_prob=log_prob, ref_log_prob=ref_log_prob)
     log_ratio = ref_log_prob.detach() - log_prob
-    # exp(r) − 1 loses all digits of r²/2, which is what remains, for small r.
-    return torch.expm1(log_ratio) - log_ratio
+    # exp(r) − 1 loses all digits of r²/2, which is what remains, for small r. And ∞ − ∞ is none.
+    return torch.expm1(log_ratio) - log_ratio.clamp(max=torch.finfo(log_ratio.dtype).max)
 
 
 def aggregate_loss(loss: Tensor, *, mask: Tensor | None = None, reduction: LossReduction = "token_mean") -> Tensor:
@@ -246,7 +247,9 @@ def dpo_loss(
         ref_rejected=ref_rejected,
     )
     margin = beta * ((policy_chosen - ref_chosen.detach()) - (policy_rejected - ref_rejected.detach()))
-    return label_smoothing * margin - F.logsigmoid(margin)  # log σ(Δ) − log σ(−Δ) = Δ
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin)
+    # Not 0 times a logarithm that may be infinite.
+    return loss - label_smoothing * F.logsigmoid(-margin) if label_smoothing > 0 else loss
 
 
 def top_k_distillation_loss(log_prob: Tensor, teacher_log_prob: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -279,30 +282,28 @@ def top_k_distillation_loss(log_prob: Tensor, teacher_log_prob: Tensor, *, mask:
         TypeError: an argument is no floating-point tensor, or ``mask`` no bool tensor.
         ValueError: shapes do not fit together.
     """
-    log_prob, teacher_log_prob = _tensors_of_one_shape(None, log_prob=log_prob, teacher_log_prob=teacher_log_prob)
-    if log_prob.ndim < 1:
+    log_p, log_q = _tensors_of_one_shape(None, log_prob=log_prob, teacher_log_prob=teacher_log_prob)
+    if log_p.ndim < 1:
         raise ValueError("log_prob must have shape (*, K), got ()")
-    used = teacher_log_prob != -math.inf
+    used = log_q != -math.inf
     if mask is not None:
-        _check_mask(mask, log_prob.shape[:-1])
+        _check_mask(mask, log_p.shape[:-1])
         used = used & mask.unsqueeze(-1)  # all of a masked token is tail: the divergence of 1 from 1
-    log_prob = _zero_where_masked(log_prob, used)
-    teacher_log_prob = _zero_where_masked(teacher_log_prob.detach(), used)
-    prob, teacher_prob = log_prob.exp() * used, teacher_log_prob.exp() * used
-    mass, teacher_mass = prob.sum(dim=-1), teacher_prob.sum(dim=-1)
+    log_p, log_q = _zero_where_masked(log_p, used), _zero_where_masked(log_q.detach(), used)
+    p, q = log_p.exp() * used, log_q.exp() * used
+    # Where q underflows, its term is 0 even if the student's logarithm is infinite.
+    head = (q * torch.where(q == 0, 0.0, log_q - log_p)).sum(dim=-1)
+    mass, teacher_mass = p.sum(dim=-1), q.sum(dim=-1)
     teacher_tail = (1 - teacher_mass).clamp(min=0)
-    head = (teacher_prob * (teacher_log_prob - log_prob)).sum(dim=-1)
-    return head + teacher_tail * (_log_complement(teacher_mass) - _log_complement(mass))
+    # A log-probability is the difference of a logit and the logsumexp. Below 128, each is rounded by up to 2⁵ eps, so
+    # 1 − mass is uncertain by 2⁶ eps, of the less precise side. Where it is less than twice that, its reciprocal, which
+    # scales the gradients, would be noise.
+    eps = max(torch.finfo(_at_least_fp32(tensor.dtype)).eps for tensor in (log_prob, teacher_log_prob))
+    return head + teacher_tail * (_log_complement(teacher_mass, 2**7 * eps) - _log_complement(mass, 2**7 * eps))
 
 
-def _log_complement(mass: Tensor) -> Tensor:
-    """``log(1 − mass)``; where less than ``floor`` remains, the tangent of log at ``floor``, also if ``mass > 1``.
-
-    A log-probability is the difference of a logit and the logsumexp. Below 128, each is rounded by up to 2⁵ eps, so
-    ``1 − mass`` is uncertain by 2⁶ eps. Where it is less than twice that, its reciprocal, which scales the gradients,
-    would be noise.
-    """
-    floor = 2**7 * torch.finfo(mass.dtype).eps
+def _log_complement(mass: Tensor, floor: float) -> Tensor:
+    """``log(1 − mass)``; where less than ``floor`` remains, the tangent of log at ``floor``, also if ``mass > 1``."""
     limit = 1 - floor
     return torch.log1p(-mass.clamp(max=limit)) - F.relu(mass - limit) / floor
 
@@ -334,7 +335,8 @@ def _zero_where_masked(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _tensors_of_one_shape(mask: Tensor | None, **tensors: Tensor) -> list[Tensor]:
-    """Check that all are floating-point tensors like the first; in fp32 at least, and 0 where the mask is False."""
+    """Check that all are floating-point tensors like the first; in the widest of their dtypes, fp32 at least, and 0
+    where the mask is False."""
     (first, like), *_ = tensors.items()
     values = [_floating_point(name, tensor) for name, tensor in tensors.items()]
     for name, tensor in tensors.items():
@@ -342,7 +344,8 @@ def _tensors_of_one_shape(mask: Tensor | None, **tensors: Tensor) -> list[Tensor
             raise ValueError(f"{name} must have {first}'s shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
     if mask is not None:
         _check_mask(mask, like.shape)
-    return [_zero_where_masked(value, mask) for value in values]
+    dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+    return [_zero_where_masked(value.to(dtype), mask) for value in values]
 
 
 def _floating_point(name: str, tensor: Tensor) -> Tensor:
@@ -351,7 +354,11 @@ def _floating_point(name: str, tensor: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(_at_least_fp32(tensor.dtype))
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
