@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from vocab_parallel_fused import ComputeOptions, VocabParallelLinearCrossEntropy, VocabShard
@@ -123,6 +123,36 @@ def initialised_under_fsdp(group: ProcessGroup) -> None:
 def test_deferred_initialisation_under_fsdp(world_size: int) -> None:
     """Parameters that ``fully_shard`` has cut into parts, evenly or not, get the numbers of whole ones."""
     run_on_ranks(initialised_under_fsdp, world_size)
+
+
+def methods_under_fsdp(group: ProcessGroup) -> None:
+    rank, world_size = group.rank(), group.size()
+    torch.manual_seed(5)
+    whole, head = (VocabParallelLinearCrossEntropy(H, V, bias=True) for _ in range(2))
+    head.load_state_dict(whole.state_dict())
+    fully_shard(head, mesh=DeviceMesh("cpu", list(range(world_size))))
+    hidden = torch.randn(world_size, 6, H, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"linear_weight .* got a DTensor .*register_fsdp_forward_method"):
+        head.top_k(hidden[rank], 3)
+    for name in ("token_stats", "top_k"):
+        register_fsdp_forward_method(head, name)
+    assert torch.equal(head.top_k(hidden[rank], 3).class_id, whole.top_k(hidden[rank], 3).class_id)
+    entropy = head.token_stats(hidden[rank], outputs=["entropy"]).entropy
+    expected = whole.token_stats(hidden, outputs=["entropy"]).entropy
+    assert entropy is not None
+    assert expected is not None
+    torch.testing.assert_close(entropy, expected[rank])
+    entropy.sum().backward()
+    (expected.sum() / world_size).backward()  # the mean over the ranks
+    for name, parameter in whole.named_parameters():
+        grad = head.get_parameter(name).grad
+        assert isinstance(grad, DTensor)
+        torch.testing.assert_close(grad.full_tensor(), parameter.grad)
+
+
+def test_methods_under_fsdp() -> None:
+    """A rank's part of the parameters must never be taken for its rows of the vocabulary."""
+    run_on_ranks(methods_under_fsdp, 2)
 
 
 def test_initialisation_does_not_depend_on_the_default_dtype() -> None:

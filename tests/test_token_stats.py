@@ -153,12 +153,16 @@ def test_a_class_may_be_a_target_twice(impl: Impl, device: torch.device) -> None
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-6)
 
 
-def test_classes_masked_by_an_infinite_bias(impl: Impl, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of probability 0, whole tiles of them, the first among them: 0 · −∞ and −∞ − −∞ must make no NaN."""
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
+def test_classes_masked_by_a_bias(
+    impl: Impl, mask: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of probability 0, whole tiles of them, the first among them: 0 · −∞ and −∞ − −∞ must make no NaN. Nor must the
+    product of a huge number and a gradient above 1, which overflows."""
     monkeypatch.setattr(eager, "_TILE_ROWS", 32)
     problem = make_problem(20, 16, 200, device=device)
     bias = given(problem.bias).detach().clone()
-    bias[:64] = bias[96:192] = -torch.inf
+    bias[:64] = bias[96:192] = mask
     target = torch.where(problem.target < 192, 70, problem.target)
 
     def stats(
@@ -174,7 +178,7 @@ def test_classes_masked_by_an_infinite_bias(impl: Impl, device: torch.device, mo
     exact = stats(full_logits_token_stats, torch.float64)
     for mine, theirs in zip(actual, exact, strict=True):
         torch.testing.assert_close([tensor.double() for tensor in mine], theirs, rtol=2e-5, atol=2e-5)
-    assert (actual[1][1][bias == -torch.inf] == 0).all()
+    assert (actual[1][1][bias == mask] == 0).all()
 
 
 OUTPUTS = LinearTokenStats._fields
@@ -224,6 +228,20 @@ def test_without_a_target(impl: Impl, device: torch.device) -> None:
     assert torch.equal(given(stats.argmax), logits.argmax(dim=-1))
     assert not given(stats.argmax_logit).requires_grad
     assert not given(stats.argmax).requires_grad
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_is_given_may_be_changed(impl: Impl, output: str, device: torch.device) -> None:
+    """The backward has numbers of its own."""
+    problem = make_problem(12, 8, 40, device=device)
+    options = ComputeOptions(impl=impl)
+    stats = linear_token_stats(problem.hidden, problem.weight, problem.target, options=options)
+    loss = given(stats.entropy).sum() + given(stats.log_prob).sum()
+    (expected,) = torch.autograd.grad(loss, problem.hidden, retain_graph=True)
+    with torch.no_grad():
+        given(getattr(stats, output)).zero_()
+    (actual,) = torch.autograd.grad(loss, problem.hidden)
+    assert torch.equal(actual, expected)
 
 
 def test_nothing_is_asked_for() -> None:

@@ -194,7 +194,11 @@ def resolve_number(name: str, value: float, *, largest: float = math.inf) -> flo
 def check_tensor(name: str, tensor: Tensor, input: Tensor) -> None:
     """A plain tensor on ``input``'s device."""
     if isinstance(tensor, DTensor):
-        raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass its to_local() and the group")
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor of placements {tensor.placements}; pass its to_local() and "
+            "the group if it is sharded over that. fully_shard gathers its own in a module's forward, and in methods "
+            "made known to it by torch.distributed.fsdp.register_fsdp_forward_method"
+        )
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:

@@ -246,7 +246,7 @@ def linear_token_stats(
     if "lse" in names:
         values["lse"] = (stats.lse + stats.max_logit).view(head.token_shape)
     if "argmax_logit" in names:
-        values["argmax_logit"] = stats.max_logit.view(head.token_shape)
+        values["argmax_logit"] = stats.max_logit.view(head.token_shape).clone()  # the backward needs its own
     if stats.expected_logit is not None:
         values["entropy"] = (stats.lse - stats.expected_logit).view(head.token_shape)
     if stats.argmax is not None and "argmax" in names:

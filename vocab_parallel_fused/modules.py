@@ -64,6 +64,9 @@ class VocabParallelLinearCrossEntropy(nn.Module):
     ranks whose random number generators agree hold parts of one matrix that does not depend on how many ranks there
     are. ``state_dict`` holds the local rows as ``weight`` (and ``bias``); ``load_state_dict`` takes those, or the full
     matrix, of which it keeps this rank's rows.
+
+    ``torch.distributed.fsdp.fully_shard`` of a head, over ranks with other tokens, gathers parameters for ``forward``;
+    for ``token_stats`` and ``top_k`` too once ``register_fsdp_forward_method(head, "token_stats")`` has named them.
     """
 
     bias: nn.Parameter | None
