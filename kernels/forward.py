@@ -141,7 +141,7 @@ def partial_stats_kernel(
     # Rounded correctly, since a sum that falls below 1 would make a positive log-probability.
     tl.store(partial_sum_exp_ptr + out, tl.div_rn(tl.sum(exps, axis=1), largest), mask=mask_t)
     if exps_ptr is not None:
-        factor = tl.exp2((finite - reference) * LOG2E) / largest
+        factor = tl.exp2((maximum - reference) * LOG2E) / largest
         kept = times_derivative(exps * factor[:, None], z, inner, outer, TRANSFORM)
         tl.store(
             exps_ptr + offs_t.to(tl.int64)[:, None] * stride_exps_t + offs_v[None, :],

@@ -125,7 +125,7 @@ def _reduce_tiles(
                     maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp_logit
                 )
                 if reference_ptr is not None:
-                    exps *= (gl.exp2((finite - reference) * LOG2E) / largest)[:, None]
+                    exps *= (gl.exp2((tile_max - reference) * LOG2E) / largest)[:, None]
             elif slope_ptr is not None:
                 differences = gl.maximum(shifted - rounding[:, None], LEAST_LOG2)
                 exps *= (level / largest)[:, None] + (slope * (LN2 / largest))[:, None] * differences

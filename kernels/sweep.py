@@ -443,8 +443,9 @@ def _has_mixed_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
-    except torch.OutOfMemoryError:
-        raise  # is no answer, and would be kept for one
-    except (NotImplementedError, RuntimeError, TypeError):
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        # Memory that ran out, in torch or in cuBLAS's own words, is no answer, and would be kept for one.
+        if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+            raise
         return False
     return True

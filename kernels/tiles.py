@@ -276,6 +276,7 @@ def product_precision(dtype: torch.dtype, arch: str) -> str:
     if dtype != torch.float32:
         return "ieee"
     # Reading the older `allow_tf32` raises where the newer has been set.
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+    is_cuda = arch.startswith("sm_")
+    if torch.backends.cuda.matmul.fp32_precision == "tf32" and (is_cuda or arch == "gfx942"):  # no other AMD GPU has it
         return "tf32"
-    return "tf32x3" if arch.startswith("sm_") else "ieee"
+    return "tf32x3" if is_cuda else "ieee"

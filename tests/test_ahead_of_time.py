@@ -86,6 +86,7 @@ class Compiler:
                 "binary": next((kind for kind in ("cubin", "hsaco") if kind in compiled.asm), None),
                 "wgmma": "wgmma" in str(compiled.asm.get("ptx", "")),
                 "serialized": _is_serialized(compiled.asm["cubin"]) if self.arch == "sm_90" else False,
+                "shared_memory": compiled.metadata.shared,
                 "rows_fused": re.search(ROW_FUSED, str(compiled.asm.get("ptx", ""))) is not None,
             }
         )
@@ -363,6 +364,10 @@ def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> 
         {"tiles_kernel", "matmul_kernel"} if arch == "sm_90" else set()
     )
     assert all(row["binary"] == ("hsaco" if arch.startswith("gfx") else "cubin") for row in report)
+    # What the table promises of devices like this one, and where it has no entry of its own, of any.
+    table = json.loads((Path(__file__).parents[1] / "kernels" / "tiles.json").read_text())
+    limit = table.get(arch, table["hip" if arch.startswith("gfx") else "cuda"])["shared_memory_bytes"]
+    assert max(row["shared_memory"] for row in report) <= limit
     # exp(z − max) of the largest logit must be exactly 1; where the compiler fuses the other of the two products, it is
     # off by the rounding of z · log2(e), 1e-5 at logits of 100.
     assert not any(row["rows_fused"] for row in report)

@@ -122,11 +122,22 @@ def impossible_classes(problem: Problem) -> None:
     problem.target.clamp_(min=100)
 
 
-@pytest.mark.parametrize("spoil", [outlier, far_targets, shifted_up, shifted_down, impossible_classes])
+def impossible_classes_beside_low_logits(problem: Problem) -> None:
+    """A whole tile without probability, whose maximum of −∞ is no 0: exp(0 − r) would overflow."""
+    assert problem.bias is not None
+    problem.bias[:300] = -torch.inf
+    problem.bias[300:] -= 100
+    problem.target.clamp_(min=300)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [outlier, far_targets, shifted_up, shifted_down, impossible_classes, impossible_classes_beside_low_logits],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_out_of_range(spoil: Callable[[Problem], None], dtype: torch.dtype, device: torch.device) -> None:
     """Rows whose exponentials are of no use are recomputed, and no other row is touched by them."""
-    problem = make_problem(40, H, V, dtype=dtype, device=device)
+    problem = make_problem(T, H, V, dtype=dtype, device=device)
     with torch.no_grad():
         spoil(problem)
     results = [gradients(loss_of(problem, options(size)), problem) for size in (0, EVERYTHING)]

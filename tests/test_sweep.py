@@ -33,13 +33,17 @@ def plan(T: int, H: int, V: int, *, main_grad: bool, workspace_bytes: int = 128 
     )
 
 
-def test_no_memory_for_asking_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")],
+    ids=["torch", "cuBLAS"],
+)
+def test_no_memory_for_asking_is_no_answer(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept for one, it would make all later products many times slower."""
-
     sweep._has_mixed_gemm.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "addmm", Mock(side_effect=[torch.OutOfMemoryError, None]))
-        with pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "addmm", Mock(side_effect=[error, None]))
+        with pytest.raises(type(error)):
             sweep._has_mixed_gemm(torch.device("cpu"), torch.bfloat16)
         assert sweep._has_mixed_gemm(torch.device("cpu"), torch.bfloat16)
     sweep._has_mixed_gemm.cache_clear()
