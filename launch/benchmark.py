@@ -27,8 +27,9 @@ import torch
 from benchmark_measure import Workload, measure
 from benchmark_methods import METHODS, OURS, Method, cache, cache_name
 from benchmark_pictures import draw_pictures
-from benchmark_report import Report, make_table
+from benchmark_report import Report, ShapeResult, make_table
 from bootstrap import Context, distributed
+from command_line import output_file, output_folder, positive
 from rich.console import Console
 from rich.progress import Progress
 
@@ -65,21 +66,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.replot is not None:
-        publish(Report.load(args.replot), args)
+        try:
+            report = Report.load(args.replot)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--replot must be a file that --json has written, got {args.replot}: {error!r}")
+        print_heading(report)
+        for shape in report.shapes:
+            print_table(shape, report)
+        draw(report, args.plot)
         return
     check_arguments(args, parser)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device; without one, --replot PATH shows the results of an earlier run")
     with distributed() as context:
         workloads = make_workloads(args, context.world_size)
-        if args.sequence_parallel:
-            check_sequence_parallel(workloads, context.world_size, parser)
+        check_workloads(workloads, context.world_size, parser, sequence_parallel=args.sequence_parallel)
         report = empty_report(args, context)
+        if context.rank == 0:
+            print_heading(report)
         try:
             run(args, workloads, context, report)
         finally:  # a run that is cut short has results, too
             if context.rank == 0:
-                publish(report, args)
+                draw(report, args.plot)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -105,7 +114,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="further modes of this package: memory for this part of the shard's exponentials",
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="(default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=positive, default=20, help="timed rounds per shape (default: %(default)s)")
     parser.add_argument("--sequence-parallel", action="store_true", help="every rank holds a part of the tokens")
     parser.add_argument(
@@ -113,17 +124,10 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --sequence-parallel: keep what the forward gathers for the backward (this package)",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there, after every shape")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder")
+    parser.add_argument("--json", type=output_file, metavar="PATH", help="write all numbers there, after every shape")
+    parser.add_argument("--plot", type=output_folder, metavar="DIR", help="draw pictures into this folder")
     parser.add_argument("--replot", type=Path, metavar="PATH", help="measure nothing; show what --json has written")
     return parser
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def fraction(text: str) -> float:
@@ -143,11 +147,15 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error(f"--vocab-sizes must be at least the {ranks} ranks of the shape, got {min(args.vocab_sizes)}")
 
 
-def check_sequence_parallel(workloads: Sequence[Workload], ranks: int, parser: argparse.ArgumentParser) -> None:
-    if ranks == 1:
+def check_workloads(
+    workloads: Sequence[Workload], ranks: int, parser: argparse.ArgumentParser, *, sequence_parallel: bool
+) -> None:
+    if sequence_parallel and ranks == 1:
         parser.error("--sequence-parallel needs several ranks: start them with torchrun, mpirun or srun")
     for workload in workloads:
-        if workload.T % ranks:
+        if ranks > workload.V:
+            parser.error(f"--vocab-sizes must be at least the {ranks} ranks, got {workload.V}")
+        if sequence_parallel and workload.T % ranks:
             parser.error(
                 f"--sequence-parallel needs a number of tokens that {ranks} ranks divide, got {workload.T} of "
                 f"{workload.name}"
@@ -160,8 +168,8 @@ def make_workloads(args: argparse.Namespace, ranks: int) -> list[Workload]:
     return [
         Workload(name, tokens, shape.H, vocab_size // shape.tp if ranks == 1 else vocab_size)
         for name, shape in shapes.items()
-        for tokens in args.tokens or [shape.tokens]
-        for vocab_size in args.vocab_sizes or [shape.V]
+        for tokens in dict.fromkeys(args.tokens or [shape.tokens])
+        for vocab_size in dict.fromkeys(args.vocab_sizes or [shape.V])
     ]
 
 
@@ -202,20 +210,23 @@ def run(args: argparse.Namespace, workloads: Sequence[Workload], context: Contex
                 bar.update(task, advance=1, description=f"{name}: {what}")
 
             torch.compiler.reset()  # each function may be compiled for a limited number of shapes
-            report.shapes.append(
-                measure(
-                    workload,
-                    methods,
-                    context,
-                    dtype=getattr(torch, args.dtype),
-                    rounds=args.rounds,
-                    sequence_parallel=args.sequence_parallel,
-                    keep_gathered_hidden=args.keep_gathered_hidden,
-                    progress=progress,
-                )
+            shape = measure(
+                workload,
+                methods,
+                context,
+                dtype=getattr(torch, args.dtype),
+                rounds=args.rounds,
+                sequence_parallel=args.sequence_parallel,
+                keep_gathered_hidden=args.keep_gathered_hidden,
+                progress=progress,
             )
-            if args.json is not None and context.rank == 0:
-                report.save(args.json)
+            report.shapes.append(shape)
+            if context.rank == 0:
+                bar.stop()  # or it would draw over the table
+                print_table(shape, report)
+                bar.start()
+                if args.json is not None:
+                    report.save(args.json)
 
 
 def find_versions() -> dict[str, str]:
@@ -227,14 +238,19 @@ def find_versions() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def publish(report: Report, args: argparse.Namespace) -> None:
-    console = Console(width=160)
-    console.print(f"{report.setting}; medians of {report.rounds} rounds\n{report.command}")
-    for shape in report.shapes:
-        console.print(make_table(shape, report))
-    if args.plot is not None:
-        for path in draw_pictures(report, args.plot):
-            console.print(f"wrote {path}")
+def print_heading(report: Report) -> None:
+    print(f"{report.setting}; medians of {report.rounds} rounds\n{report.command}", flush=True)
+
+
+def print_table(shape: ShapeResult, report: Report) -> None:
+    Console(width=160).print(make_table(shape, report))
+    sys.stdout.flush()  # whatever becomes of the shapes to come
+
+
+def draw(report: Report, folder: Path | None) -> None:
+    if folder is not None:
+        for path in draw_pictures(report, folder):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gc
 import random
 import statistics
+import sys
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +89,8 @@ def measure(
             trial = _try(method, problem, hidden, reference, scale)
         except Exception as error:  # whatever a package raises
             reason = _in_one_line(error)
+            if context.world_size > 1:  # now: the others may be in a message that this rank does not answer
+                print(f"rank {context.rank}: {name}: {reason}", file=sys.stderr, flush=True)
         reason = _first_reason(reason, problem.group)
         if trial is None or reason is not None:
             failures[name] = str(reason)

@@ -84,8 +84,9 @@ def _draw_sizes(kind: str, shapes: list[ShapeResult], report: Report) -> Figure:
     sizes = sorted(by_size)
     shapes = [by_size[size] for size in sizes]
     first = shapes[0]
+    size = _SIZES[kind] + (" per rank" if kind == "vocabulary" and report.ranks > 1 else "")
     other = f"V {first.V_local}" if kind == "tokens" else f"T {first.T}"
-    figure = new_figure(f"Time of the loss by the {_SIZES[kind]}: {first.name}", size=(11, 5.4))
+    figure = new_figure(f"Time of the loss by the {size}: {first.name}", size=(11, 5.4))
     forward_axes, step_axes = figure.subplots(1, 2)
     wide: dict[str, Any] = {"color": OTHERS, "linewidth": 5, "solid_capstyle": "round"}
     forward_axes.plot(sizes, [shape.logits_ms for shape in shapes], label="cuBLAS: G, 3G", **wide)
@@ -111,7 +112,7 @@ def _draw_sizes(kind: str, shapes: list[ShapeResult], report: Report) -> Figure:
         _write_numbers(axes)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(title, loc="left", fontsize=11, color=INK)
-        axes.set_xlabel(f"{_SIZES[kind]} · H {first.H}, {other}")
+        axes.set_xlabel(f"{size} · H {first.H}, {other}")
         axes.set_ylabel("ms")
     return figure
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from bootstrap import Context, distributed
+from command_line import picture_file, positive, seed
 from demo_model import GPT, FullLogitsCrossEntropy
 from demo_report import TOLERANCE, Comparison, Run, draw_picture, make_table
 from demo_training import (
@@ -53,10 +54,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=80, help="training steps of each of the two (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and batches (default: %(default)s)")
     # 2, 3 and 4 ranks get uneven shards of this.
-    parser.add_argument("--vocab-size", type=int, default=16_385, help="of the tokenizer (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=CACHE / "demo.png", help="the picture (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=positive, default=16_385, help="of the tokenizer (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=picture_file, default=CACHE / "demo.png", help="the picture (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps must be at least 2, since the first is not timed; got {args.steps}")

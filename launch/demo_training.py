@@ -53,6 +53,8 @@ def draw_batches(
 ) -> Tensor:
     """``[steps, B, L + 1]`` int64, random windows of the text: all tokens but the last are inputs, all but the first
     targets."""
+    if length >= len(tokens):
+        raise ValueError(f"length must be below the {len(tokens):,} tokens of the text, got {length:,}")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - length, (steps, batch_size), generator=generator)
     return tokens.unfold(0, length + 1, 1)[starts].long()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import GRID, INK, OTHERS, OURS, draw_grid, new_figure, open_frame
+from files import replacing
 from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
@@ -86,8 +87,8 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write settings, losses, times and memory."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1))
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=1))
 
 
 def make_table(report: Report) -> Table:

@@ -22,13 +22,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import megatron_wgrad  # noqa: F401  before Megatron-Core, which looks for Apex while it is imported
 import torch
 import torch.distributed as dist
 from bootstrap import Context, distributed
+from command_line import output_file, picture_file, positive, seed
 from demo_training import draw_batches, read_text, training_progress, with_peak_bytes
 from megatron_report import NOISE, REFERENCE, Memory, Report, Run, draw_picture, make_table
 from rich.console import Console
@@ -50,7 +50,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("launch/megatron_train.py needs Megatron-Core: pip install '.[launch,megatron]'") from error
 
 MODES = (REFERENCE, NOISE, "stock-fused", "recompute", "cache")
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEARNING_RATE = 1e-4
 _WARMUP_STEPS = 20
 _UNTIMED_STEPS = 5
@@ -70,19 +70,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = functools.partial(parser.add_argument, help="(default: %(default)s)")
     add("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
-    add("--steps", type=int, default=200)
-    add("--layers", type=int, default=2)
-    add("--hidden-size", type=int, default=4096)
-    add("--vocab-size", type=int, default=128_256, help="rows of embedding and head (default: %(default)s)")
-    add("--tokenizer-size", type=int, default=32_768, help="of which the text uses these (default: %(default)s)")
-    add("--seq-length", type=int, default=4096)
-    add("--micro-batch-size", type=int, default=2, help="sequences (default: %(default)s)")
-    add("--micro-batches", type=int, default=2, help="per step and data-parallel rank (default: %(default)s)")
-    add("--dtype", choices=_DTYPES, default="bf16")
-    add("--tensor-parallel-size", type=int, help="(default: all ranks)")
-    add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    add("--json", type=Path, default=CACHE / "megatron.json", help="all numbers (default: %(default)s)")
-    add("--plot", type=Path, default=CACHE / "megatron.png", help="the picture (default: %(default)s)")
+    add("--steps", type=positive, default=200)
+    add("--layers", type=positive, default=2)
+    add("--hidden-size", type=positive, default=4096)
+    add("--vocab-size", type=positive, default=128_256, help="rows of embedding and head (default: %(default)s)")
+    add("--tokenizer-size", type=positive, default=32_768, help="of which the text uses these (default: %(default)s)")
+    add("--seq-length", type=positive, default=4096)
+    add("--micro-batch-size", type=positive, default=2, help="sequences (default: %(default)s)")
+    add("--micro-batches", type=positive, default=2, help="per step and data-parallel rank (default: %(default)s)")
+    add("--dtype", choices=_DTYPES, default="bfloat16")
+    add("--tensor-parallel-size", type=positive, help="(default: all ranks)")
+    add("--seed", type=seed, default=0, help="of weights and batches (default: %(default)s)")
+    add("--json", type=output_file, default=CACHE / "megatron.json", help="all numbers (default: %(default)s)")
+    add("--plot", type=picture_file, default=CACHE / "megatron.png", help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.steps <= _UNTIMED_STEPS + 1:
         parser.error(

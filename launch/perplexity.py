@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from bootstrap import Context, distributed
+from command_line import output_file, positive, seed
 from demo_model import GPT
 from demo_training import (
     HIDDEN_SIZE,
@@ -38,11 +40,12 @@ from demo_training import (
     training_progress,
     with_peak_bytes,
 )
+from files import replacing
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from text import END_OF_TEXT, STANDARD_LIBRARY, read_tokens, save
+from text import END_OF_TEXT, STANDARD_LIBRARY, read_tokens
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -109,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_or_train(args, context, console)
         with evaluation_progress(console) as progress:
             score = partial(evaluate, model, document=args.document, context=args.context, progress=progress)
-            sharded = score("vocabulary-parallel", partial(sharded_losses, model.head))
+            try:
+                sharded = score("vocabulary-parallel", partial(sharded_losses, model.head))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--document must be a UTF-8 text, got {args.document}") from error
             full = score("full logits", partial(full_losses, gather_weight(model.head))) if args.check else None
     # All ranks have the same losses, so the first one speaks for all, and none ends the job before it has spoken.
     if context.rank == 0:
@@ -134,14 +140,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare with full logits, computed by every rank")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=output_file,
         help="load the model from this file, on every rank; if there is none, train and save it there",
     )
     training = parser.add_argument_group("training, where no checkpoint is loaded")
     training.add_argument("--steps", type=int, default=200, help="of the optimizer (default: %(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    training.add_argument("--seed", type=seed, default=0, help="of weights and batches (default: %(default)s)")
     # 2, 3 and 4 ranks get uneven shards of this.
-    training.add_argument("--vocab-size", type=int, default=16_385, help="of the tokenizer (default: %(default)s)")
+    training.add_argument("--vocab-size", type=positive, default=16_385, help="of the tokenizer (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.document.is_file() or args.document.stat().st_size == 0:
         parser.error(f"--document must be a file with text in it, got {args.document}")
@@ -154,7 +160,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_or_train(args: argparse.Namespace, context: Context, console: Console) -> LanguageModel:
     """The model of the checkpoint; without one, a model trained now and saved where the checkpoint should be."""
-    if args.checkpoint is not None and args.checkpoint.exists():
+    if args.checkpoint is not None and is_on_all_ranks(args.checkpoint, context):
         saved = torch.load(args.checkpoint, map_location=context.device)
         if sorted(saved) != ["body", "head", "tokenizer"]:
             raise ValueError(f"--checkpoint must be a file that this script saved, got one of {sorted(saved)}")
@@ -175,8 +181,26 @@ def load_or_train(args: argparse.Namespace, context: Context, console: Console) 
             "head": {"weight": gather_weight(model.head)},
         }
         if context.rank == 0:
-            save(saved, args.checkpoint)
+            with replacing(args.checkpoint) as unfinished:
+                torch.save(saved, unfinished)
     return model
+
+
+def is_on_all_ranks(path: Path, context: Context) -> bool:
+    """Whether there is such a file.
+
+    Communicates: one flag of each rank.
+
+    Raises:
+        ValueError: some ranks have it and others do not.
+    """
+    exists = [path.exists()] * context.world_size
+    if context.group is not None:
+        dist.all_gather_object(exists, exists[0], context.group)
+    if len(set(exists)) > 1:
+        missing = [rank for rank, there in enumerate(exists) if not there]
+        raise ValueError(f"--checkpoint must be there on every rank or on none; {path} is missing on ranks {missing}")
+    return exists[0]
 
 
 def make_model(tokenizer: Tokenizer, context: Context) -> LanguageModel:
@@ -230,17 +254,23 @@ def evaluate(
     Communicates: whatever ``token_losses`` does, once per batch; the number of batches depends on the document alone.
     """
     device = model.head.weight.device
+    length = model.body.position_embedding.num_embeddings
+
+    def hidden_and_target(windows: Windows) -> tuple[Tensor, Tensor]:
+        tokens = windows.tokens.to(device)
+        return model.body(tokens[:, :-1])[:, -windows.num_scored :], tokens[:, -windows.num_scored :]
+
+    # The first call also compiles kernels and touches memory for the first time.
+    untimed = torch.zeros(WINDOWS_PER_BATCH, length + 1, dtype=torch.int64)
+    token_losses(*hidden_and_target(Windows(untimed, length + 1 - context)))
     task = progress.add_task(name, total=None, loss=math.nan)
     num_tokens, nats, peak_bytes, largest_batch = 0, 0.0, 0, 0
     start = time.perf_counter()
     # Without newline="" Python would turn "\\r\\n" into "\\n", and the bytes would be others than the file's.
     with progress.open(document, "r", encoding="utf-8", newline="", task_id=task) as text:
         tokens = chain(model.tokenizer.encode(END_OF_TEXT).ids, read_tokens(text, model.tokenizer))
-        length = model.body.position_embedding.num_embeddings
         for windows in cut_windows(tokens, length, context, WINDOWS_PER_BATCH):
-            window_tokens = windows.tokens.to(device)
-            hidden = model.body(window_tokens[:, :-1])[:, -windows.num_scored :]
-            target = window_tokens[:, -windows.num_scored :]
+            hidden, target = hidden_and_target(windows)
             if target.numel() > largest_batch:  # measuring takes time, and memory is a matter of shapes
                 largest_batch = target.numel()
                 losses, peak_bytes = with_peak_bytes(partial(token_losses, hidden, target), device)

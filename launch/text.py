@@ -6,10 +6,8 @@ with the text, the size of the vocabulary and the version of the tokenizers libr
 """
 
 import hashlib
-import os
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TextIO
 
 import tokenizers
 import torch
+from files import replacing
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -68,7 +67,8 @@ def load_text(vocab_size: int, held_out: Path | None = None) -> Text:
         tokenizer = _train_tokenizer(files, vocab_size)
         end = tokenizer.token_to_id(END_OF_TEXT)
         ids = [token for encoding in tokenizer.encode_batch_fast(files) for token in (*encoding.ids, end)]
-        save({"tokenizer": tokenizer.to_str(), "tokens": torch.tensor(ids, dtype=torch.int32)}, path)
+        with replacing(path) as unfinished:
+            torch.save({"tokenizer": tokenizer.to_str(), "tokens": torch.tensor(ids, dtype=torch.int32)}, unfinished)
     saved = torch.load(path)
     return Text(saved["tokens"], Tokenizer.from_str(saved["tokenizer"]))
 
@@ -81,14 +81,18 @@ def read_tokens(document: TextIO, tokenizer: Tokenizer, piece_size: int = 2**16)
         tokenizer: of :func:`load_text`.
         piece_size: characters to read at a time.
     """
-    rest = ""
+    held: list[str] = []  # no word of it has ended
+    last = ""
     while block := document.read(piece_size):
-        text = rest + block
-        last_end = _LAST_END_OF_A_WORD.match(text)
-        cut = last_end.end() if last_end else 0
-        yield from tokenizer.encode(text[:cut]).ids
-        rest = text[cut:]
-    yield from tokenizer.encode(rest).ids
+        last_end = _LAST_END_OF_A_WORD.match(last + block)  # the last character may end a word too
+        if last_end:
+            cut = last_end.end() - len(last)
+            yield from tokenizer.encode("".join((*held, block[:cut]))).ids
+            held.clear()
+            block = block[cut:]
+        held.append(block)
+        last = block[-1]
+    yield from tokenizer.encode("".join(held)).ids
 
 
 def _read_sources(held_out: Path | None) -> list[str]:
@@ -117,12 +121,3 @@ def _train_tokenizer(files: list[str], vocab_size: int) -> Tokenizer:
             f"({sum(map(len, files)):,} characters) give a vocabulary of {tokenizer.get_vocab_size()} tokens"
         )
     return tokenizer
-
-
-def save(value: dict, path: Path) -> None:
-    """Write a file that is either whole or not there, even if several processes write it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        torch.save(value, unfinished)
-        os.replace(unfinished, path)

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from command_line import positive
+from files import replacing
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -107,13 +109,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {number}")
-    return number
-
-
 def report(measured: Measurement, tile: TileConfig) -> list[str]:
     """The table's cells for one number of tokens and the tile chosen for it."""
     timing, before = measured.timings[tile], measured.timings.get(measured.recorded)
@@ -147,7 +142,8 @@ def record(path: Path, device: Device, chosen: Mapping[int, Sequence[TokenRange]
         "shared_memory_bytes": device.shared_memory_bytes,
         "tiles_by_itemsize": dict(sorted(tiles.items())),
     }
-    path.write_text(to_text(table))
+    with replacing(path) as unfinished:
+        unfinished.write_text(to_text(table))
 
 
 def to_text(table: dict[str, Any]) -> str:

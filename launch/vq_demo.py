@@ -15,10 +15,12 @@ import copy
 import math
 import statistics
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from bootstrap import Context, distributed
+from command_line import positive, seed
 from demo_model import GPT
 from demo_training import (
     BATCH_SIZE,
@@ -68,12 +70,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fork", type=int, default=100, help="step at which the VQ heads are made (default: %(default)s)"
     )
-    parser.add_argument("--tokens-per-code", type=int, nargs="+", default=[16, 64], help="V / K (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and k-means (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=16_385, help="of the tokenizer (default: %(default)s)")
+    parser.add_argument(
+        "--tokens-per-code", type=positive, nargs="+", default=[16, 64], help="V / K (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, batches and k-means (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=positive, default=16_385, help="of the tokenizer (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 2 <= args.fork <= args.steps - 2:
         parser.error(f"--fork must be in [2, steps - 2], at least 2 steps from either end; got {args.fork}")
+    if find_spec("sklearn") is None:
+        parser.error("k-means needs scikit-learn: pip install '.[launch,vq]'")
     return args
 
 
@@ -116,9 +122,9 @@ def cluster(
 ) -> dict[str, VQLinearCrossEntropy]:
     """VQ heads of each size, with rows weighted by how often their token was seen, and all alike."""
     counts = torch.bincount(seen.flatten(), minlength=args.vocab_size)
+    sizes = dict.fromkeys(max(1, args.vocab_size // tokens) for tokens in args.tokens_per_code)
     heads = {}
-    for tokens_per_code in args.tokens_per_code:
-        num_codes = max(1, args.vocab_size // tokens_per_code)
+    for num_codes in sizes:
         for weights, row_weight in (("by frequency", counts + 1), ("all alike", None)):
             heads[f"{num_codes:,} codes, {weights}"] = VQLinearCrossEntropy.from_linear(
                 head, num_codes, row_weight=row_weight, seed=args.seed

@@ -31,7 +31,7 @@ def test_converted_model_trains_as_stock(tmp_path: Path) -> None:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
             *(ROOT / "launch" / "megatron_train.py", "--modes", REFERENCE, NOISE, "recompute", f"--steps={STEPS}"),
-            *("--layers=1", "--hidden-size=64", "--seq-length=128", "--dtype=fp32"),
+            *("--layers=1", "--hidden-size=64", "--seq-length=128", "--dtype=float32"),
             # Logits large enough to be most of the memory, and padding that no token of the text names.
             *("--vocab-size=16384", "--tokenizer-size=1025", f"--json={numbers}", f"--plot={picture}"),
         ],

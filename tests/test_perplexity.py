@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import perplexity
 import pytest
 import text
 import torch
 import torch.nn.functional as F
+from bootstrap import Context
 from demo_model import GPT
 from demo_training import new_body
 from hypothesis import HealthCheck, given, settings
@@ -102,6 +104,16 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, document: str
 def test_pieces_of_real_text(tokenizer: Tokenizer, piece_size: int) -> None:
     pieces = list(text.read_tokens(io.StringIO(TEXT, newline=""), tokenizer, piece_size))
     assert pieces == tokenizer.encode(TEXT).ids
+
+
+def test_text_without_spaces_is_searched_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is held, but time that grows with the square of its length is another matter."""
+    pattern = Mock(wraps=text._LAST_END_OF_A_WORD)
+    monkeypatch.setattr(text, "_LAST_END_OF_A_WORD", pattern)
+    document = "x" * 1000 + " y"
+    pieces = list(text.read_tokens(io.StringIO(document), tokenizer, piece_size=10))
+    assert pieces == tokenizer.encode(document).ids
+    assert max(len(call.args[0]) for call in pattern.match.call_args_list) == 11
 
 
 def test_tokens_are_read_as_they_are_needed(tokenizer: Tokenizer) -> None:
@@ -298,6 +310,30 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     with pytest.raises(SystemExit, match="2"):
         perplexity.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def looked_for_the_checkpoint(group: ProcessGroup, folder: Path) -> None:
+    context = Context(group.rank(), group.size(), group.rank(), torch.device("cpu"), group)
+    mine = folder / f"{group.rank()}.pt"
+    assert not perplexity.is_on_all_ranks(mine, context)
+    if group.rank() != 1:
+        mine.touch()
+    with pytest.raises(ValueError, match=r"--checkpoint must be there .* missing on ranks \[1\]"):
+        perplexity.is_on_all_ranks(mine, context)
+    mine.touch()
+    assert perplexity.is_on_all_ranks(mine, context)
+
+
+def test_a_checkpoint_that_some_ranks_do_not_have(tmp_path: Path) -> None:
+    """Machines without a shared folder: those that load must not wait for those that train."""
+    run_on_ranks(looked_for_the_checkpoint, 3, tmp_path)
+
+
+def test_a_document_of_another_encoding(script: Script, tmp_path: Path) -> None:
+    document = tmp_path / "latin1.txt"
+    document.write_bytes("äöü".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"--document must be a UTF-8 text, got .*latin1\.txt"):
+        perplexity.main([f"--document={document}", f"--checkpoint={script.checkpoint}"])
 
 
 def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:

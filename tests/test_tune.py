@@ -225,7 +225,7 @@ def test_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--tokens", "0"], "must be positive, got 0"),
+        (["--tokens", "0"], "must be at least 1, got 0"),
         (["--dtype", "float64"], "invalid choice: 'float64'"),
         (["--write", "no/such/file"], "No such file"),
     ],
