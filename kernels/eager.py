@@ -34,9 +34,9 @@ from vocab_parallel_fused.transform import Operands
 
 _TILE_TOKENS = 1024
 _TILE_ROWS = 1024
-# Where exp(z − max) is 0 in fp64 too, and remains so times any factor that this product leaves finite.
-_LEAST_DIFFERENCE = -1000.0
 _TILE_COPIES = 3  # logits, their gradients and the result of an elementwise step are alive together
+# Of a logit from the largest one: exp is 0 there, in fp64 too, and 0 times a finite number is no NaN.
+_LEAST_DIFFERENCE = -1000.0
 
 
 def local_stats(

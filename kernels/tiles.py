@@ -275,8 +275,8 @@ def product_precision(dtype: torch.dtype, arch: str) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    # Reading the older `allow_tf32` raises where the newer has been set.
     is_cuda = arch.startswith("sm_")
-    if torch.backends.cuda.matmul.fp32_precision == "tf32" and (is_cuda or arch == "gfx942"):  # no other AMD GPU has it
+    # Reading the older `allow_tf32` raises where the newer has been set. Of AMD's GPUs Triton has tf32 on one alone.
+    if torch.backends.cuda.matmul.fp32_precision == "tf32" and (is_cuda or arch == "gfx942"):
         return "tf32"
     return "tf32x3" if is_cuda else "ieee"
