@@ -342,7 +342,7 @@ def divergence_dlogits_kernel(
         dlogits = grad * (tl.exp(log_p) - tl.exp(log_q))
     elif DIVERGENCE == "reverse_kl":
         p = tl.exp(log_p)
-        dlogits = grad * tl.where(p > 0, p * (log_p - log_q - center), 0.0)
+        dlogits = grad * tl.where(p == 0, 0.0, p * (log_p - log_q - center))
     else:
         dlogits = 0.5 * grad * _js_term(log_p, log_q, center)
     dlogits = times_derivative(dlogits, z_a, a_inner, a_outer, a_TRANSFORM)
@@ -371,7 +371,7 @@ def _js_term(log_p, log_q, center):
     p = tl.exp(log_p)
     difference = log_q - log_p
     log_ratio = LN2 - tl.maximum(difference, 0.0) - tl.log(1 + tl.exp(-tl.abs(difference)))
-    return tl.where(p > 0, p * (log_ratio - center), 0.0)
+    return tl.where(p == 0, 0.0, p * (log_ratio - center))  # a NaN stays
 
 
 def local_joint_stats(a: Operands, b: Operands, *, cross: bool) -> PartStats:

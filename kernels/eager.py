@@ -150,7 +150,8 @@ def local_grads(
             weights = 1.0 if class_weight is None else class_weight[rows]
             out += grad_logit_sum[tokens, None] * weights
         owned, column = _target_column(target_row[tokens], rows.start, out.shape[1])
-        out.scatter_add_(1, column, grad_target_logit[tokens] * owned)
+        # Not 0 times a gradient that may be infinite: others' targets are added to some class too.
+        out.scatter_add_(1, column, grad_target_logit[tokens].masked_fill(~owned, 0.0))
         head.transform.times_derivative_(out, logits)
 
     sweep_grads(
@@ -279,7 +280,7 @@ def local_js_sums(a: Operands, b: Operands, max_logit: Tensor, log_sum_exp: Tens
             log_probs = _log_probs(a, b, max_logit, log_sum_exp, tokens, rows)
             log_ratios = log_probs - (torch.logaddexp(*log_probs) - math.log(2))
             probs = log_probs.exp()
-            sums[:, tokens] += torch.where(probs > 0, probs * log_ratios, 0.0).sum(dim=2)
+            sums[:, tokens] += torch.where(probs == 0, 0.0, probs * log_ratios).sum(dim=2)  # a NaN stays
     return sums
 
 
@@ -320,7 +321,7 @@ def local_divergence_grads(
             dlogits = p - log_q.exp()
         else:
             other = log_q if divergence == "reverse_kl" else torch.logaddexp(log_p, log_q) - math.log(2)
-            dlogits = torch.where(p > 0, p * (log_p - other - center[tokens, None]), 0.0)
+            dlogits = torch.where(p == 0, 0.0, p * (log_p - other - center[tokens, None]))
             if divergence == "jensen_shannon":
                 dlogits = dlogits / 2
         torch.mul(dlogits, grad[tokens, None], out=out)

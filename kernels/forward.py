@@ -156,11 +156,13 @@ def partial_stats_kernel(
             class_weight = tl.load(class_weight_ptr + offs_v, mask=offs_v < V, other=0.0)
         else:
             class_weight = (offs_v < V).to(tl.float32)
-        terms = class_weight[None, :] * (shifted - rounding[:, None])
+        # Times log2(e), a finite logit near the end of fp32's range is infinite, and that times a weight of 0 a NaN.
+        differences = tl.where(z < -1e38, z - finite[:, None], (shifted - rounding[:, None]) * LN2)
+        terms = class_weight[None, :] * differences
         if off_v + BLOCK_V > V:
             terms = tl.where((offs_v < V)[None, :], terms, 0.0)
         tl.store(partial_class_sum_ptr + out, tl.zeros_like(maximum) + tl.sum(class_weight, axis=0), mask=mask_t)
-        tl.store(partial_logit_sum_ptr + out, tl.sum(terms, axis=1) * LN2, mask=mask_t)
+        tl.store(partial_logit_sum_ptr + out, tl.sum(terms, axis=1), mask=mask_t)
     if partial_argmax_ptr is not None:
         # Where nothing equals the maximum, which takes a NaN, any row will do.
         row = tl.min(tl.where(z == maximum[:, None], offs_v[None, :], V - 1), axis=1)

@@ -186,6 +186,31 @@ def test_impossible_classes(impl: Impl, divergence: Divergence, device: torch.de
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("broken", ["the student", "both"])
+def test_a_nan_is_not_hidden(impl: Impl, divergence: Divergence, broken: str, device: torch.device) -> None:
+    """A NaN compares as no probability; a diverged model would look perfect."""
+    heads = make_heads(6, 70, torch.float32, device)
+    for hidden, *_ in (heads.student, heads.teacher) if broken == "both" else (heads.student,):
+        hidden[2, 3] = torch.nan
+    hidden, weight, bias = parameters = [tensor.requires_grad_() for tensor in heads.student]
+    loss = linear_distillation(
+        hidden,
+        weight,
+        heads.teacher[0],
+        heads.teacher[1],
+        linear_bias=bias,
+        divergence=divergence,
+        reduction="none",
+        options=ComputeOptions(impl=impl),
+    )
+    dhidden, _, dbias = torch.autograd.grad(loss.sum(), parameters)
+    of_token = torch.arange(6, device=device) == 2
+    assert torch.equal(loss.isnan(), of_token)
+    assert torch.equal(dhidden.isnan().any(dim=1), of_token)
+    assert dbias.isnan().all()
+
+
 def test_weights_and_reductions(device: torch.device) -> None:
     """A token of weight 0 is left out even if it holds infinities; the mean divides by the weights."""
     heads = make_heads(12, 67, torch.float32, device)

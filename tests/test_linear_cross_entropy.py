@@ -528,6 +528,20 @@ def test_fp16_gradients_beside_a_broken_token(impl: Impl, device: torch.device) 
     assert dhidden[target != -100].isfinite().all()
 
 
+def test_smoothing_beside_masked_classes_of_no_weight(impl: Impl, device: torch.device) -> None:
+    """The way to leave classes out of the smoothing, with a bias that torch's softmax is usually masked with."""
+    problem = make_problem(6, 16, 67, device=device)
+    bias, class_weight = torch.zeros(67, device=device), torch.ones(67, device=device)
+    bias[5], class_weight[5] = torch.finfo(torch.float32).min, 0.0
+    target = torch.where(problem.target == 5, 6, problem.target)
+    keywords: dict[str, Any] = {"weight": class_weight, "label_smoothing": 0.1, "reduction": "none"}
+    loss = linear_cross_entropy(
+        problem.hidden, problem.weight, target, linear_bias=bias, options=ComputeOptions(impl=impl), **keywords
+    )
+    expected = F.cross_entropy(F.linear(problem.hidden, problem.weight, bias), target, **keywords)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_nan_is_not_hidden(impl: Impl, device: torch.device) -> None:
     """One broken row of the weight makes every probability NaN, as in torch: hardware maxima drop a NaN."""
     problem = make_problem(6, 16, 67, device=device)

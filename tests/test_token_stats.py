@@ -244,6 +244,17 @@ def test_what_is_given_may_be_changed(impl: Impl, output: str, device: torch.dev
     assert torch.equal(actual, expected)
 
 
+def test_an_infinite_gradient_reaches_its_target_alone(impl: Impl, device: torch.device) -> None:
+    """Nor may it, times 0, make a NaN of a class in the blocks where its target is not."""
+    problem = make_problem(3, 8, 33, device=device)
+    target = torch.tensor([5, 6, 7], device=device)
+    options = ComputeOptions(impl=impl, workspace_bytes=1)
+    stats = linear_token_stats(problem.hidden, problem.weight, target, outputs=["target_logit"], options=options)
+    upstream = torch.tensor([torch.inf, 0.0, 0.0], device=device)
+    (dweight,) = torch.autograd.grad(given(stats.target_logit), problem.weight, upstream)
+    assert (~torch.isfinite(dweight)).any(dim=1).nonzero().tolist() == [[5]]
+
+
 def test_nothing_is_asked_for() -> None:
     problem = make_problem(12, 8, 40)
     assert linear_token_stats(problem.hidden, problem.weight, outputs=[]) == LinearTokenStats(*[None] * 7)
