@@ -488,7 +488,10 @@ def measure_on_rank(group: ProcessGroup, workload: Workload, sequence_parallel: 
 
     methods = {name: METHODS[name] for name in ("recompute", "main-grad", "verl", "liger-tp", "eager")}
     methods["fails"] = Method(fails, several_ranks=True)
-    return measure_small(methods, context_of(group), workload, sequence_parallel=sequence_parallel)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        result = measure_small(methods, context_of(group), workload, sequence_parallel=sequence_parallel)
+    assert f"rank {group.rank()}: fails: MemoryError: of rank {group.rank()}\n" in stderr.getvalue()
+    return result
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

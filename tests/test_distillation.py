@@ -62,6 +62,8 @@ def full_logits(heads: Heads, divergence: Divergence, dtype: torch.dtype) -> tup
 
 def run(heads: Heads, divergence: Divergence, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
     hidden, weight, bias = parameters = [tensor.detach().requires_grad_() for tensor in heads.student]
+    transforms = {"logit_softcap": SOFTCAP, "teacher_logit_scale": TEACHER_SCALE, "temperature": TEMPERATURE}
+    keywords: dict[str, Any] = transforms | arguments
     loss = linear_distillation(
         hidden,
         weight,
@@ -70,11 +72,8 @@ def run(heads: Heads, divergence: Divergence, **arguments: Any) -> tuple[Tensor,
         divergence=divergence,
         linear_bias=bias,
         teacher_bias=heads.teacher[2],
-        logit_softcap=SOFTCAP,
-        teacher_logit_scale=TEACHER_SCALE,
-        temperature=TEMPERATURE,
         reduction="none",
-        **arguments,
+        **keywords,
     )
     return loss.detach(), list(torch.autograd.grad(loss, parameters, heads.upstream))
 
@@ -193,18 +192,7 @@ def test_a_nan_is_not_hidden(impl: Impl, divergence: Divergence, broken: str, de
     heads = make_heads(6, 70, torch.float32, device)
     for hidden, *_ in (heads.student, heads.teacher) if broken == "both" else (heads.student,):
         hidden[2, 3] = torch.nan
-    hidden, weight, bias = parameters = [tensor.requires_grad_() for tensor in heads.student]
-    loss = linear_distillation(
-        hidden,
-        weight,
-        heads.teacher[0],
-        heads.teacher[1],
-        linear_bias=bias,
-        divergence=divergence,
-        reduction="none",
-        options=ComputeOptions(impl=impl),
-    )
-    dhidden, _, dbias = torch.autograd.grad(loss.sum(), parameters)
+    loss, (dhidden, _, dbias) = run(heads, divergence, logit_softcap=None, options=ComputeOptions(impl=impl))
     of_token = torch.arange(6, device=device) == 2
     assert torch.equal(loss.isnan(), of_token)
     assert torch.equal(dhidden.isnan().any(dim=1), of_token)
