@@ -25,8 +25,9 @@ from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper import new_counters
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
 from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows, scale_rows, scaled_matmul
+from vocab_parallel_fused.kernels.plan import ceil_div, slices
 from vocab_parallel_fused.kernels.streams import Fork, in_order_of_arrival
-from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, ceil_div, scale_into_fp16, slices, sweep_grads
+from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, scale_into_fp16, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,

@@ -22,7 +22,8 @@ from torch import Tensor
 from vocab_parallel_fused.divergence import dlogits_bound
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
-from vocab_parallel_fused.kernels.sweep import GradBuffers, ceil_div, scale_into_fp16, slices, sweep_grads
+from vocab_parallel_fused.kernels.plan import ceil_div, slices
+from vocab_parallel_fused.kernels.sweep import GradBuffers, scale_into_fp16, sweep_grads
 from vocab_parallel_fused.kernels.tiles import (
     LN2,
     current_arch,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vocab_parallel_fused.arrival import Arrival
 from vocab_parallel_fused.exp_cache import ExpCache
-from vocab_parallel_fused.kernels.sweep import GradBuffers, slices, sweep_grads
+from vocab_parallel_fused.kernels.plan import slices
+from vocab_parallel_fused.kernels.sweep import GradBuffers, sweep_grads
 from vocab_parallel_fused.stats import (
     DlogitsCoefficients,
     PartStats,

@@ -31,8 +31,8 @@ from vocab_parallel_fused.exp_cache import ExpCache, allocate_cache
 from vocab_parallel_fused.kernels import hopper_tiles
 from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper import new_counters
+from vocab_parallel_fused.kernels.plan import ceil_div, slices
 from vocab_parallel_fused.kernels.streams import MOST_PARTS, Fork, in_order_of_arrival
-from vocab_parallel_fused.kernels.sweep import ceil_div, slices
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,

@@ -32,8 +32,9 @@ from vocab_parallel_fused.kernels.hopper import (
     store_columns,
     store_descriptor,
 )
+from vocab_parallel_fused.kernels.plan import ceil_div
 from vocab_parallel_fused.kernels.streams import Fork
-from vocab_parallel_fused.kernels.sweep import ceil_div, matmul_into
+from vocab_parallel_fused.kernels.sweep import matmul_into
 from vocab_parallel_fused.kernels.tiles import current_arch, num_processors, tile_position
 
 # Where the last wave leaves so many processors idle, cuBLAS has a tile that fits better.

@@ -20,7 +20,8 @@ from torch import Tensor
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import hopper_matmul
 from vocab_parallel_fused.kernels.configs import TileConfig
-from vocab_parallel_fused.kernels.sweep import ceil_div, matmul_into
+from vocab_parallel_fused.kernels.plan import ceil_div
+from vocab_parallel_fused.kernels.sweep import matmul_into
 from vocab_parallel_fused.kernels.tiles import (
     current_arch,
     log2_from,

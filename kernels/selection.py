@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.configs import tile_config
-from vocab_parallel_fused.kernels.sweep import ceil_div, even_block, slices
+from vocab_parallel_fused.kernels.plan import ceil_div, even_block, slices
 from vocab_parallel_fused.kernels.tiles import current_arch, logits_tile, operand_kwargs, tile_position
 from vocab_parallel_fused.transform import Operands
 

@@ -1,0 +1,183 @@
+"""Which blocks the backward's walk takes, and in which order: :func:`plan_groups`, on the host and from sizes alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# What a byte of traffic and a launch cost, counted in operations of the matrix units: 680 TFLOP/s over 4.2 TB/s and
+# 4 µs on an H200. Only their order of magnitude matters.
+_FLOPS_PER_BYTE = 160
+_FLOPS_PER_LAUNCH = 2.7e9
+_MOST_GROUPS = 64
+_MOST_BLOCKS_COMPARED = 32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def slices(stop: int, block: int, start: int = 0) -> Iterator[slice]:
+    """Blocks of ``[start, stop)``."""
+    return (slice(first, min(first + block, stop)) for first in range(start, stop, block))
+
+
+def even_block(total: int, largest: int, tile: int) -> int:
+    """A multiple of ``tile`` that cuts ``total`` into nearly equal blocks: at most ``largest`` rounded up to it."""
+    num_tiles = max(1, ceil_div(total, tile))
+    tiles_per_block = num_tiles if largest >= total else max(1, largest // tile)
+    num_blocks = ceil_div(num_tiles, tiles_per_block)
+    return ceil_div(num_tiles, num_blocks) * tile
+
+
+class Group(NamedTuple):
+    """Tokens whose dhidden is finished before that of the next is begun, and the blocks in which they are taken."""
+
+    tokens: slice
+    block_t: int
+    block_v: int
+    lent: slice | None
+    """Rows of dhidden in whose memory the group's sum lies; None: in memory of its own, or there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walk:
+    """What there is to plan for."""
+
+    T: int
+    H: int
+    V: int
+    bytes_per_logit: int
+    """Memory for each element of a block."""
+    dhidden_sum_bytes: int
+    """Bytes per element of an fp32 sum of dhidden; 0: dhidden itself takes sums."""
+    dweight_sum_bytes: int
+    """The same of dweight, where one block of rows needs it at a time."""
+    dhidden_takes_product: bool
+    """It needs no sum if one product makes all of it."""
+    dweight_takes_product: bool
+    several_groups: bool
+    """There may be several: dweight, if it is wanted, takes sums, and can be visited again and again."""
+    workspace_bytes: int
+    """For a block and a block's dweight sum; where there may be groups for dhidden's sum too."""
+    tile: tuple[int, int]
+    """(tokens, rows) that a block is a multiple of."""
+    largest: tuple[int, int]
+    """(tokens, rows) of a block."""
+    processors: int = 1
+    """How many tiles run at a time."""
+    first_token: int = 0
+    """In whose tile the first of several groups begins. The others follow from there on, and round."""
+
+
+class _Plan(NamedTuple):
+    cost: float  # in operations of the matrix units
+    groups: tuple[Group, ...] = ()
+
+
+def _cheapest(plans: Iterable[_Plan]) -> _Plan:
+    """The first of those that cost least."""
+    return min(plans, key=lambda plan: plan.cost)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_groups(walk: Walk) -> tuple[Group, ...]:
+    """The cheapest groups and blocks that fit the workspace, in their order; at least one tile each.
+
+    An fp32 sum takes the memory of twice as many rows of dhidden in 16 bits. A group lays it over its own rows and as
+    many that come later, or over others that come later, as long as there are so many. Towards the end groups become
+    smaller for it, until the last has its sum in the workspace.
+    """
+    T, tile_t = walk.T, walk.tile[0]
+    cost, block_t, block_v = _cheapest_blocks(walk, T, lends=False)
+    plans = [_Plan(cost, (Group(slice(0, T), block_t, block_v, None),))]
+    if walk.several_groups and walk.dhidden_sum_bytes > 0:
+        start = min(walk.first_token, T - 1) // tile_t * tile_t
+        for i in range(1, min(_MOST_GROUPS, ceil_div(T, tile_t)).bit_length()):
+            plans.append(_groups_from(walk, start, 0, ceil_div(ceil_div(T, 1 << i), tile_t) * tile_t))
+    # Of plans that do not fit, the last takes the least memory.
+    return _cheapest(reversed(plans)).groups
+
+
+def _groups_from(walk: Walk, start: int, done: int, most_tokens: int) -> _Plan:
+    """Groups of at most so many tokens, for those that are left when the first ``done`` from ``start`` on are."""
+    if done == walk.T:
+        return _Plan(0.0)
+    # Rows of dhidden that are not written yet are those up to an end, and until they are taken those before the start.
+    wraps = start + done >= walk.T
+    token, end, before = (start + done - walk.T, start, 0) if wraps else (start + done, walk.T, start)
+    most_lending = max(end - token, before) // 2
+    tokens = min(most_tokens, end - token)
+    choices = [(tokens, tokens <= most_lending)]
+    if 0 < (fewer := most_lending // walk.tile[0] * walk.tile[0]) < tokens:
+        choices.append((fewer, True))
+    plans = []
+    for count, lends in choices:
+        cost, block_t, block_v = _cheapest_blocks(walk, count, lends=lends)
+        lent = None
+        if lends and _needs_dhidden_sum(walk, block_v):
+            first = 0 if 2 * count <= before else token
+            lent = slice(first, first + 2 * count)
+        rest = _groups_from(walk, start, done + count, most_tokens)
+        group = Group(slice(token, token + count), block_t, block_v, lent)
+        plans.append(_Plan(cost + rest.cost, (group, *rest.groups)))
+    return _cheapest(plans)
+
+
+def _needs_dhidden_sum(walk: Walk, block_v: int) -> bool:
+    return block_v < walk.V or not walk.dhidden_takes_product
+
+
+@functools.lru_cache(maxsize=1024)
+def _cheapest_blocks(walk: Walk, tokens: int, *, lends: bool) -> tuple[float, int, int]:
+    """The cost of a group of so many tokens, and its blocks of tokens and rows.
+
+    Args:
+        lends: whether its sum of dhidden has a place.
+    """
+    tile_t, tile_v = walk.tile
+    most_tokens = min(walk.largest[0], walk.workspace_bytes // (walk.bytes_per_logit * tile_v))
+    block_t = even_block(tokens, most_tokens, tile_t)
+    needs_dweight_sum = not (walk.dweight_takes_product and block_t >= walk.T)
+    bytes_per_row = block_t * walk.bytes_per_logit + walk.H * walk.dweight_sum_bytes * needs_dweight_sum
+    most_rows = min(walk.largest[1], walk.workspace_bytes // bytes_per_row)
+    if walk.several_groups and not lends and _needs_dhidden_sum(walk, most_rows):
+        left = walk.workspace_bytes - walk.dhidden_sum_bytes * tokens * walk.H
+        most_rows = min(walk.largest[1], left // bytes_per_row)
+    if most_rows < 1:
+        return math.inf, tile_t, tile_v
+    most_tiles = ceil_div(walk.V, tile_v) if most_rows >= walk.V else max(1, most_rows // tile_v)
+    step = ceil_div(most_tiles, _MOST_BLOCKS_COMPARED)
+    sizes = (tiles * tile_v for tiles in range(most_tiles, most_tiles // 2, -step))
+    return min((_cost(walk, tokens, block_t, block_v), block_t, block_v) for block_v in sizes)
+
+
+def _cost(walk: Walk, tokens: int, block_t: int, block_v: int) -> float:
+    """Waves of tiles in which the processors compute the dlogits and the product for dweight, the last of each block's
+    unfilled; the traffic of the two sums; and the launches."""
+    H, V, (tile_t, tile_v) = walk.H, walk.V, walk.tile
+    flops = launches = 0
+    for rows, count in ((block_v, V // block_v), (V % block_v, 1)):
+        if rows > 0:
+            waves = ceil_div(ceil_div(block_t, tile_t) * ceil_div(rows, tile_v), walk.processors)
+            flops += (
+                2 * count * tile_t * walk.processors * (H * tile_v * waves + block_t * _product_columns(walk, rows))
+            )
+            launches += 3 * count
+    num_blocks = ceil_div(V, block_v)
+    traffic = 2 * walk.dhidden_sum_bytes * tokens * H * (num_blocks > 1) * num_blocks + 2 * 4 * V * H
+    return ceil_div(tokens, block_t) * (flops + launches * _FLOPS_PER_LAUNCH) + traffic * _FLOPS_PER_BYTE
+
+
+def _product_columns(walk: Walk, rows: int) -> int:
+    """Columns of dweight ``[rows, H]`` that each processor computes, of ``tile_t`` rows.
+
+    The product is taken to have tiles of the dlogits' size or three quarters of it, whichever fit better.
+    """
+    tile_t, tile_v = walk.tile
+    row_tiles = ceil_div(rows, tile_t)
+    widths = (tile_v, 3 * tile_v // 4)
+    return min(width * ceil_div(row_tiles * ceil_div(walk.H, width), walk.processors) for width in widths)
