@@ -124,11 +124,8 @@ def test_a_sum_is_rounded_where_it_lies(rows: int) -> None:
     assert torch.equal(memory[:rows], total.bfloat16())
 
 
-def test_kept_rows_come_last_if_little_else_is_left() -> None:
-    """Only a tail is recomputed, which is no product for dhidden's message to hide behind."""
-    T, H, V = 40, 16, 35
-    hidden, weight, dlogits, scale = torch.randn(T, H), torch.randn(V, H), torch.randn(T, V), torch.rand(T)
-    log = []
+def kept_rows(dlogits: Tensor, scale: Tensor, log: list[str]) -> sweep.KeptDlogits:
+    """Of dlogits over their scale, with a log of what is asked of them."""
 
     def scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
         log.append("kept dweight")
@@ -138,10 +135,18 @@ def test_kept_rows_come_last_if_little_else_is_left() -> None:
         log.append("kept dhidden")
         torch.mul(values @ matrix, scale[:, None], out=out)
 
+    return sweep.KeptDlogits(dlogits, scale, scale_rows, scaled_matmul, lambda _: log.append("complete"))
+
+
+def test_kept_rows_come_last_if_little_else_is_left() -> None:
+    """Only a tail is recomputed, which is no product for dhidden's message to hide behind."""
+    T, H, V = 40, 16, 35
+    hidden, weight, dlogits, scale = torch.randn(T, H), torch.randn(V, H), torch.randn(T, V), torch.rand(T)
+    log: list[str] = []
+
     def write(tokens: slice, rows: slice, out: Tensor) -> None:
         out.copy_(scale[tokens, None] * dlogits[tokens, rows])
 
-    kept = sweep.KeptDlogits(dlogits[:, :32], scale, scale_rows, scaled_matmul, lambda _: log.append("complete"))
     dhidden, dweight = torch.full((T, H), torch.nan), torch.full((V, H), torch.nan)
     sweep_grads(
         write,
@@ -152,9 +157,50 @@ def test_kept_rows_come_last_if_little_else_is_left() -> None:
         workspace_bytes=4 * T * 32,
         tile=(16, 32),
         largest=(T, V),
-        kept=kept,
+        kept=kept_rows(dlogits[:, :32], scale, log),
     )
     assert log == ["kept dhidden", "complete", "ready False", "kept dweight"]
     dlogits *= scale[:, None]
     torch.testing.assert_close(dhidden, dlogits @ weight)
     torch.testing.assert_close(dweight, dlogits.t() @ hidden)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
+@pytest.mark.parametrize("num_kept", [32, 96])
+@pytest.mark.parametrize("several_ranks", [False, True])
+def test_kept_rows_of_groups(num_kept: int, several_ranks: bool, frozen: str) -> None:
+    """The first group's dhidden must not lie where the kept rows' operand still does, nor the other way round."""
+    T, H, V = 200, 16, 96
+    # Whole numbers, whose sums are exact in fp32 in any order.
+    hidden, weight, dlogits = (torch.randint(-9, 10, shape).float() for shape in ((T, H), (V, H), (T, V)))
+    scale = torch.randint(1, 4, (T,)).float()
+    scaled = dlogits * scale[:, None]
+
+    def write(tokens: slice, rows: slice, out: Tensor) -> None:
+        out.copy_(scaled[tokens, rows])
+
+    dhidden, dweight = torch.full((T, H), torch.nan, dtype=torch.bfloat16), torch.full((V, H), torch.nan)
+    ready: list[bool] = []
+    sweep_grads(
+        write,
+        Operands(hidden, weight, None, LogitTransform()),
+        GradBuffers(
+            None if frozen == "hidden" else dhidden,
+            None if frozen == "weight" else dweight,
+            None,
+            False,
+            (lambda: ready.append(not dhidden.isnan().any())) if several_ranks else None,
+        ),
+        dlogits_dtype=torch.float32,
+        bytes_per_logit=4,
+        workspace_bytes=4 * 64 * 32,
+        tile=(16, 32),
+        largest=(T, V),
+        kept=kept_rows(dlogits[:, :num_kept], scale, []),
+        matmul_beside=sweep.matmul_into,  # which overwrites
+    )
+    if frozen != "hidden":
+        assert torch.equal(dhidden, (scaled @ weight).bfloat16())
+        assert ready == [True] * several_ranks
+    if frozen != "weight":
+        assert torch.equal(dweight, scaled.t() @ hidden)
