@@ -13,6 +13,7 @@ from typing import NamedTuple
 _FLOPS_PER_BYTE = 160
 _FLOPS_PER_LAUNCH = 2.7e9
 _MOST_GROUPS = 64
+_MOST_SPLITS = 8  # of tokens in halves
 _MOST_BLOCKS_COMPARED = 32
 
 
@@ -141,18 +142,31 @@ def _cheapest_blocks(walk: Walk, tokens: int, *, lends: bool) -> tuple[float, in
     tile_t, tile_v = walk.tile
     most_tokens = min(walk.largest[0], walk.workspace_bytes // (walk.bytes_per_logit * tile_v))
     block_t = even_block(tokens, most_tokens, tile_t)
+    # A group is no larger than a block should be. But a block of all tokens may have too few rows: each block of rows
+    # passes over all of dhidden's sum, which can cost more than to add up its dweight over several blocks of tokens.
+    num_splits = 1 if walk.several_groups else _MOST_SPLITS
+    sizes = dict.fromkeys(even_block(block_t, block_t >> i, tile_t) for i in range(num_splits))
+    choices = [
+        (_cost(walk, tokens, *blocks), *blocks)
+        for size in sizes
+        for blocks in _fitting_blocks(walk, tokens, size, lends)
+    ]
+    return min(choices, default=(math.inf, tile_t, tile_v))
+
+
+def _fitting_blocks(walk: Walk, tokens: int, block_t: int, lends: bool) -> Iterator[tuple[int, int]]:
+    """Blocks of so many tokens that fit the workspace, beside the sums that are to be in it."""
+    tile_v = walk.tile[1]
     needs_dweight_sum = not (walk.dweight_takes_product and block_t >= walk.T)
     bytes_per_row = block_t * walk.bytes_per_logit + walk.H * walk.dweight_sum_bytes * needs_dweight_sum
     most_rows = min(walk.largest[1], walk.workspace_bytes // bytes_per_row)
     if walk.several_groups and not lends and _needs_dhidden_sum(walk, most_rows):
         left = walk.workspace_bytes - walk.dhidden_sum_bytes * tokens * walk.H
         most_rows = min(walk.largest[1], left // bytes_per_row)
-    if most_rows < 1:
-        return math.inf, tile_t, tile_v
-    most_tiles = ceil_div(walk.V, tile_v) if most_rows >= walk.V else max(1, most_rows // tile_v)
-    step = ceil_div(most_tiles, _MOST_BLOCKS_COMPARED)
-    sizes = (tiles * tile_v for tiles in range(most_tiles, most_tiles // 2, -step))
-    return min((_cost(walk, tokens, block_t, block_v), block_t, block_v) for block_v in sizes)
+    if most_rows >= 1:
+        most_tiles = ceil_div(walk.V, tile_v) if most_rows >= walk.V else max(1, most_rows // tile_v)
+        for tiles in range(most_tiles, most_tiles // 2, -ceil_div(most_tiles, _MOST_BLOCKS_COMPARED)):
+            yield block_t, tiles * tile_v
 
 
 def _cost(walk: Walk, tokens: int, block_t: int, block_v: int) -> float:
@@ -168,8 +182,9 @@ def _cost(walk: Walk, tokens: int, block_t: int, block_v: int) -> float:
             )
             launches += 3 * count
     num_blocks = ceil_div(V, block_v)
-    traffic = 2 * walk.dhidden_sum_bytes * tokens * H * (num_blocks > 1) * num_blocks + 2 * 4 * V * H
-    return ceil_div(tokens, block_t) * (flops + launches * _FLOPS_PER_LAUNCH) + traffic * _FLOPS_PER_BYTE
+    visits = ceil_div(tokens, block_t)
+    traffic = 2 * walk.dhidden_sum_bytes * tokens * H * (num_blocks > 1) * num_blocks + 2 * 4 * V * H * visits
+    return visits * (flops + launches * _FLOPS_PER_LAUNCH) + traffic * _FLOPS_PER_BYTE
 
 
 def _product_columns(walk: Walk, rows: int) -> int:

@@ -48,6 +48,8 @@ def test_blocks_fit_the_workspace(main_grad: bool, V: int) -> None:
             takes_product = group.block_v >= V and V % 8 == 0
             if main_grad and group.lent is None and not takes_product:
                 needed += 4 * H * num_tokens(group)
+            if not main_grad and group.block_t < T:
+                needed += 4 * H * min(group.block_v, V)
             assert needed <= 128 * MIB, (T, H, V, group)
             assert group.block_t % 128 == group.block_v % 256 == 0
             assert group.block_t < num_tokens(group) + 128
@@ -83,6 +85,14 @@ def test_groups_that_lend_are_larger() -> None:
         (4096, False),
     ]
     assert len(plan(131072, 4096, 128256, main_grad=True)) == 17
+
+
+def test_many_tokens_are_taken_in_blocks() -> None:
+    """Blocks of all 65536 have 1024 rows, so that dhidden's sum would be read and written 125 times."""
+    (group,) = plan(65536, 4096, 128256, main_grad=False)
+    assert group[1:3] == (8192, 4096)
+    (group,) = plan(16384, 4096, 128256, main_grad=False)
+    assert group.block_t == 16384
 
 
 def test_blocks_fill_waves() -> None:
