@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 _FLOPS_PER_BYTE = 160
 _FLOPS_PER_LAUNCH = 2.7e9
 _MOST_GROUPS = 64
-_MOST_SPLITS = 8  # of tokens in halves
+_MOST_BLOCK_SIZES = 8
 _MOST_BLOCKS_COMPARED = 32
 
 
@@ -41,12 +41,12 @@ class Group(NamedTuple):
     block_t: int
     block_v: int
     lent: slice | None
-    """Rows of dhidden in whose memory the group's sum lies; None: in memory of its own, or there is none."""
+    """Rows of dhidden in whose memory the group's sum lies; None: in the workspace, or there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walk:
-    """What there is to plan for."""
+    """Sizes and limits of a backward, from which :func:`plan_groups` decides."""
 
     T: int
     H: int
@@ -71,7 +71,7 @@ class Walk:
     processors: int = 1
     """How many tiles run at a time."""
     first_token: int = 0
-    """In whose tile the first of several groups begins. The others follow from there on, and round."""
+    """Which the first of several groups has. The others follow from there on, and round."""
 
 
 class _Plan(NamedTuple):
@@ -79,9 +79,9 @@ class _Plan(NamedTuple):
     groups: tuple[Group, ...] = ()
 
 
-def _cheapest(plans: Iterable[_Plan]) -> _Plan:
-    """The first of those that cost least."""
-    return min(plans, key=lambda plan: plan.cost)
+def _cheapest(plans: Sequence[_Plan]) -> _Plan:
+    """The last of those that cost least: of plans that do not fit, that of the smallest groups."""
+    return min(reversed(plans), key=lambda plan: plan.cost)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,37 +89,40 @@ def plan_groups(walk: Walk) -> tuple[Group, ...]:
     """The cheapest groups and blocks that fit the workspace, in their order; at least one tile each.
 
     An fp32 sum takes the memory of twice as many rows of dhidden in 16 bits. A group lays it over its own rows and as
-    many that come later, or over others that come later, as long as there are so many. Towards the end groups become
-    smaller for it, until the last has its sum in the workspace.
+    many that come later, or over others that come later, where there are so many; else it has it in the workspace, as
+    the last group must. Towards the end groups become smaller for it.
     """
     T, tile_t = walk.T, walk.tile[0]
-    cost, block_t, block_v = _cheapest_blocks(walk, T, lends=False)
+    cost, block_t, block_v = _cheapest_blocks(walk, T, in_dhidden=False)
     plans = [_Plan(cost, (Group(slice(0, T), block_t, block_v, None),))]
     if walk.several_groups and walk.dhidden_sum_bytes > 0:
-        start = min(walk.first_token, T - 1) // tile_t * tile_t
+        first_token = min(walk.first_token, T - 1)
         for i in range(1, min(_MOST_GROUPS, ceil_div(T, tile_t)).bit_length()):
-            plans.append(_groups_from(walk, start, 0, ceil_div(ceil_div(T, 1 << i), tile_t) * tile_t))
-    # Of plans that do not fit, the last takes the least memory.
-    return _cheapest(reversed(plans)).groups
+            most_tokens = ceil_div(ceil_div(T, 1 << i), tile_t) * tile_t
+            # Groups that begin with the token itself may end with one that is left over.
+            starts = dict.fromkeys(first_token // size * size for size in (most_tokens, tile_t))
+            plans += (_groups_from(walk, start, 0, most_tokens) for start in starts)
+    return _cheapest(plans).groups
 
 
 def _groups_from(walk: Walk, start: int, done: int, most_tokens: int) -> _Plan:
-    """Groups of at most so many tokens, for those that are left when the first ``done`` from ``start`` on are."""
+    """Groups of at most so many tokens, for the tokens that remain once ``done`` of them, counted from ``start``, are
+    finished."""
     if done == walk.T:
         return _Plan(0.0)
-    # Rows of dhidden that are not written yet are those up to an end, and until they are taken those before the start.
-    wraps = start + done >= walk.T
-    token, end, before = (start + done - walk.T, start, 0) if wraps else (start + done, walk.T, start)
-    most_lending = max(end - token, before) // 2
+    # Not written yet: the rows [token, end) and, before the walk comes round to them, [0, before).
+    comes_round = start + done >= walk.T
+    token, end, before = (start + done - walk.T, start, 0) if comes_round else (start + done, walk.T, start)
+    most_in_dhidden = max(end - token, before) // 2
     tokens = min(most_tokens, end - token)
-    choices = [(tokens, tokens <= most_lending)]
-    if 0 < (fewer := most_lending // walk.tile[0] * walk.tile[0]) < tokens:
+    choices = [(tokens, tokens <= most_in_dhidden)]
+    if 0 < (fewer := most_in_dhidden // walk.tile[0] * walk.tile[0]) < tokens:
         choices.append((fewer, True))
     plans = []
-    for count, lends in choices:
-        cost, block_t, block_v = _cheapest_blocks(walk, count, lends=lends)
+    for count, in_dhidden in choices:
+        cost, block_t, block_v = _cheapest_blocks(walk, count, in_dhidden=in_dhidden)
         lent = None
-        if lends and _needs_dhidden_sum(walk, block_v):
+        if in_dhidden and _needs_dhidden_sum(walk, block_v):
             first = 0 if 2 * count <= before else token
             lent = slice(first, first + 2 * count)
         rest = _groups_from(walk, start, done + count, most_tokens)
@@ -133,38 +136,37 @@ def _needs_dhidden_sum(walk: Walk, block_v: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _cheapest_blocks(walk: Walk, tokens: int, *, lends: bool) -> tuple[float, int, int]:
+def _cheapest_blocks(walk: Walk, tokens: int, *, in_dhidden: bool) -> tuple[float, int, int]:
     """The cost of a group of so many tokens, and its blocks of tokens and rows.
 
     Args:
-        lends: whether its sum of dhidden has a place.
+        in_dhidden: whether its sum of dhidden, if it needs one, lies there and not in the workspace.
     """
     tile_t, tile_v = walk.tile
     most_tokens = min(walk.largest[0], walk.workspace_bytes // (walk.bytes_per_logit * tile_v))
     block_t = even_block(tokens, most_tokens, tile_t)
-    # A group is no larger than a block should be. But a block of all tokens may have too few rows: each block of rows
-    # passes over all of dhidden's sum, which can cost more than to add up its dweight over several blocks of tokens.
-    num_splits = 1 if walk.several_groups else _MOST_SPLITS
-    sizes = dict.fromkeys(even_block(block_t, block_t >> i, tile_t) for i in range(num_splits))
+    # A block of all tokens may have too few rows: each block of rows passes over all of dhidden's sum, which can cost
+    # more than to add up its dweight over several blocks of tokens. Where there are groups, they do that.
+    num_sizes = 1 if walk.several_groups else _MOST_BLOCK_SIZES
     choices = [
         (_cost(walk, tokens, *blocks), *blocks)
-        for size in sizes
-        for blocks in _fitting_blocks(walk, tokens, size, lends)
+        for size in dict.fromkeys(even_block(block_t, block_t >> i, tile_t) for i in range(num_sizes))
+        for blocks in _fitting_blocks(walk, tokens, size, in_dhidden)
     ]
     return min(choices, default=(math.inf, tile_t, tile_v))
 
 
-def _fitting_blocks(walk: Walk, tokens: int, block_t: int, lends: bool) -> Iterator[tuple[int, int]]:
+def _fitting_blocks(walk: Walk, tokens: int, block_t: int, in_dhidden: bool) -> Iterator[tuple[int, int]]:
     """Blocks of so many tokens that fit the workspace, beside the sums that are to be in it."""
     tile_v = walk.tile[1]
     needs_dweight_sum = not (walk.dweight_takes_product and block_t >= walk.T)
-    bytes_per_row = block_t * walk.bytes_per_logit + walk.H * walk.dweight_sum_bytes * needs_dweight_sum
+    bytes_per_row = min(block_t, tokens) * walk.bytes_per_logit + walk.H * walk.dweight_sum_bytes * needs_dweight_sum
     most_rows = min(walk.largest[1], walk.workspace_bytes // bytes_per_row)
-    if walk.several_groups and not lends and _needs_dhidden_sum(walk, most_rows):
+    if walk.several_groups and not in_dhidden and _needs_dhidden_sum(walk, most_rows):
         left = walk.workspace_bytes - walk.dhidden_sum_bytes * tokens * walk.H
         most_rows = min(walk.largest[1], left // bytes_per_row)
-    if most_rows >= 1:
-        most_tiles = ceil_div(walk.V, tile_v) if most_rows >= walk.V else max(1, most_rows // tile_v)
+    if most_rows >= min(walk.V, tile_v):
+        most_tiles = ceil_div(walk.V, tile_v) if most_rows >= walk.V else most_rows // tile_v
         for tiles in range(most_tiles, most_tiles // 2, -ceil_div(most_tiles, _MOST_BLOCKS_COMPARED)):
             yield block_t, tiles * tile_v
 
@@ -177,9 +179,8 @@ def _cost(walk: Walk, tokens: int, block_t: int, block_v: int) -> float:
     for rows, count in ((block_v, V // block_v), (V % block_v, 1)):
         if rows > 0:
             waves = ceil_div(ceil_div(block_t, tile_t) * ceil_div(rows, tile_v), walk.processors)
-            flops += (
-                2 * count * tile_t * walk.processors * (H * tile_v * waves + block_t * _product_columns(walk, rows))
-            )
+            per_row = H * tile_v * waves + block_t * _product_columns(walk, rows)
+            flops += 2 * count * tile_t * walk.processors * per_row
             launches += 3 * count
     num_blocks = ceil_div(V, block_v)
     visits = ceil_div(tokens, block_t)

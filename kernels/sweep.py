@@ -10,9 +10,9 @@
 
 With one group, rows of ``dweight`` are finished once and never read again, and ``dhidden`` needs an fp32 sum of its
 size. Where ``dweight`` itself is fp32 and can take sums, several groups keep that sum small, and where tokens outnumber
-rows, an fp32 sum of all ``dweight`` is the smaller one. Then all groups but the last lay their sum over rows of
-``dhidden`` that are not written yet. ``plan.py`` weighs traffic and waves. Sums are fp32 whatever the dtype of the
-inputs.
+rows, an fp32 sum of all ``dweight`` is the smaller one. With several groups, a sum lies over rows of ``dhidden`` that
+are not written yet, where there are enough. ``plan.py`` weighs traffic and waves. Sums are fp32 whatever the dtype of
+the inputs.
 
 The first rows may have their dlogits kept from the forward, but for a factor per token (:class:`KeptDlogits`): that
 factor commutes with both products, so they take one GEMM each.
@@ -150,20 +150,22 @@ def sweep_grads(
         if not takes_sums[1] and not (takes_product[1] and groups[0].block_t >= T and not accumulate_dweight):
             dweight_memory = hidden.new_empty(min(groups[0].block_v, V), H, dtype=dtype)
         sweep = _Sweep(
-            write_dlogits,
-            head,
-            sums,
-            dlogits_dtype,
-            dtype,
-            takes_sums[0],
-            takes_product[0] and kept is None,
-            dweight_memory,
-            unscale,
-            kept,
-            matmul_beside,
+            write_dlogits=write_dlogits,
+            head=head,
+            sums=sums,
+            dlogits_dtype=dlogits_dtype,
+            sum_dtype=dtype,
+            dhidden_takes_sums=takes_sums[0],
+            dhidden_takes_product=takes_product[0] and kept is None,
+            dweight_memory=dweight_memory,
+            unscale=unscale,
+            kept=kept,
+            matmul_beside=matmul_beside,
         )
+        # All at once: of memory in several sizes an allocator would hold more.
+        memory = hidden.new_empty(max(map(sweep.memory_size, groups)), dtype=dlogits_dtype)
         for group in groups:
-            sweep.group(group, is_first=group is groups[0], is_last=group is groups[-1])
+            sweep.group(group, memory, is_first=group is groups[0], is_last=group is groups[-1])
     for grad, total in ((dbias, dbias_sum), (buffers.dweight, dweight_total)):
         if grad is not None and total is not None:
             grad.copy_(total if unscale is None else total * unscale)
@@ -177,7 +179,7 @@ def _write_zeros(buffers: GradBuffers) -> None:
         buffers.dhidden_ready()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Sweep:
     """The walk over blocks of rows and blocks of tokens, a group at a time."""
 
@@ -193,16 +195,19 @@ class _Sweep:
     kept: KeptDlogits | None
     matmul_beside: Matmul | None
 
-    def group(self, group: Group, *, is_first: bool, is_last: bool) -> None:
-        """All gradients' share of some tokens."""
+    def memory_size(self, group: Group) -> int:
+        """Elements, of the dlogits' dtype, for a group's block and for its sum of dhidden, if that lies elsewhere."""
+        return sum(self._memory_sizes(group))
+
+    def group(self, group: Group, memory: Tensor, *, is_first: bool, is_last: bool) -> None:
+        """All gradients' share of some tokens, in memory of at least :meth:`memory_size`."""
         (hidden, weight, *_), kept, tokens_of_group = self.head, self.kept, group.tokens
-        row_blocks = self._row_blocks(group.block_v)
-        num_tokens = tokens_of_group.stop - tokens_of_group.start
-        in_place = self.dhidden_takes_sums or (self.dhidden_takes_product and len(row_blocks) == 1)
+        row_blocks, in_place = self._row_blocks(group), self._sums_in_place(group)
         if kept is not None and is_first and not is_last:
             kept.complete(None)
             _write_kept_dweight(kept, hidden, self.sums, self.sums.dhidden, None)
-        dhidden_sum = _Sum(self.sums.dhidden, tokens_of_group, None if in_place else self._dhidden_memory(group))
+        workspace, sum_memory = self._memory_of(group, memory)
+        dhidden_sum = _Sum(self.sums.dhidden, tokens_of_group, sum_memory)
         # Where all rows but a tail are kept, theirs is the product to come after dhidden.
         rows_left = sum(rows.stop - rows.start for rows in row_blocks)
         kept_last = is_first and is_last and self.sums.dhidden_ready is not None and rows_left < _GEMM_ROWS
@@ -212,7 +217,6 @@ class _Sweep:
                 kept.complete(dhidden_sum.total)
                 if not kept_last:
                     _write_kept_dweight(kept, hidden, self.sums, None if in_place else self.sums.dhidden, None)
-        workspace = hidden.new_empty(min(group.block_t, num_tokens), group.block_v, dtype=self.dlogits_dtype)
         matmul = None
         for rows in row_blocks:
             dweight_sum = _Sum(self.sums.dweight, rows, self.dweight_memory)
@@ -234,24 +238,35 @@ class _Sweep:
         if kept is not None and kept_last:
             _write_kept_dweight(kept, hidden, self.sums, None, matmul)
 
-    def _row_blocks(self, block_v: int) -> list[slice]:
+    def _memory_sizes(self, group: Group) -> tuple[int, int]:
+        num_tokens = group.tokens.stop - group.tokens.start
+        sum_size = num_tokens * self.head.hidden.shape[1] * self.sum_dtype.itemsize // self.dlogits_dtype.itemsize
+        in_dhidden = group.lent is not None or self._sums_in_place(group)
+        return min(group.block_t, num_tokens) * group.block_v, 0 if in_dhidden else sum_size
+
+    def _memory_of(self, group: Group, memory: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``[block_t, block_v]`` for a block, ``[tokens, H]`` for the sum of dhidden; None: dhidden itself takes it."""
+        block_size, sum_size = self._memory_sizes(group)
+        workspace = memory[:block_size].view(-1, group.block_v)
+        if self._sums_in_place(group):
+            return workspace, None
+        dhidden = self.sums.dhidden
+        assert dhidden is not None
+        lent = memory[block_size : block_size + sum_size] if group.lent is None else dhidden[group.lent].view(-1)
+        return workspace, lent.view(self.sum_dtype).view(-1, dhidden.shape[1])
+
+    def _sums_in_place(self, group: Group) -> bool:
+        """Whether dhidden itself takes the group's sum, or needs none."""
+        return self.dhidden_takes_sums or (self.dhidden_takes_product and len(self._row_blocks(group)) == 1)
+
+    def _row_blocks(self, group: Group) -> list[slice]:
         """A full block comes last, so that its product for dweight hides dhidden's message; a second one, if there is,
         first, where it hides the arrival of hidden states. What is left over is between them."""
         V, num_kept = self.head.weight.shape[0], 0 if self.kept is None else self.kept.values.shape[1]
         aligned = max(num_kept, V - V % _GEMM_ROWS)
-        wide = [*slices(aligned, block_v, num_kept)]
+        wide = [*slices(aligned, group.block_v, num_kept)]
         wide[-2:] = reversed(wide[-2:])
         return [*wide[:-1], *slices(V, _GEMM_ROWS, aligned), *wide[-1:]]
-
-    def _dhidden_memory(self, group: Group) -> Tensor | None:
-        """``[tokens, H]`` for a group's sum."""
-        dhidden = self.sums.dhidden
-        if dhidden is None:
-            return None
-        shape = (group.tokens.stop - group.tokens.start, dhidden.shape[1])
-        if group.lent is None:
-            return dhidden.new_empty(shape, dtype=self.sum_dtype)
-        return dhidden[group.lent].view(-1).view(self.sum_dtype).view(shape)
 
 
 class _Sum:

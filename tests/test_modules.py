@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -93,6 +94,19 @@ def test_a_matrix_of_neither_size_is_refused() -> None:
     head = VocabParallelLinearCrossEntropy(H, V)
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         head.load_state_dict({"weight": torch.zeros(V - 1, H)})
+
+
+def test_padding_rows_that_are_not_zero_are_left_out_with_a_warning() -> None:
+    """They may be another vocabulary's classes. Rows of zeros are padding for certain."""
+    head = VocabParallelLinearCrossEntropy(H, V)
+    matrix = torch.randn(V + 3, H)
+    with pytest.warns(UserWarning, match=rf"head.weight has {V + 3} rows: the last 3 .* a vocabulary of {V}"):
+        nn.ModuleDict({"head": head}).load_state_dict({"head.weight": matrix})
+    assert torch.equal(head.weight, matrix[:V])
+    matrix[V:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head.load_state_dict({"weight": matrix})
 
 
 def test_can_be_made_without_memory() -> None:

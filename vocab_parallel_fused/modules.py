@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -185,14 +186,21 @@ class VocabParallelLinearCrossEntropy(nn.Module):
         for name in ("weight", "bias"):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.ndim >= 1:
-                state_dict[prefix + name] = self._local_part(value)
+                state_dict[prefix + name] = self._local_part(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _local_part(self, value: Tensor) -> Tensor:
+    def _local_part(self, key: str, value: Tensor) -> Tensor:
         """This rank's rows of a full matrix, with or without padding rows; anything else as it is."""
         shard = self.shard
         if value.shape[0] == shard.num_rows or value.shape[0] < shard.vocab_size:
             return value
+        padding = value[shard.vocab_size :]
+        if not (value.is_meta or isinstance(value, DTensor)) and padding.count_nonzero() > 0:
+            warnings.warn(
+                f"{key} has {value.shape[0]} rows: the last {len(padding)} are taken for padding of a vocabulary of "
+                f"{shard.vocab_size} and left out, but are not zero",
+                stacklevel=2,
+            )
         # A copy: the parameter may be assigned, and must not keep the full matrix alive.
         rows = value[shard.start : shard.stop].clone()
         missing = shard.num_rows - rows.shape[0]
