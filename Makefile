@@ -9,9 +9,9 @@ DEMO_RANKS = $$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_cou
 demo: .venv/installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) launch/demo.py
 
-# Two processes, a file of tests each at a time, since most tests occupy one core.
+# A file of tests at a time in each process: one more of them than the cores of a small machine, as many tests wait.
 test: .venv/installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses 3 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
