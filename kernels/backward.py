@@ -232,18 +232,19 @@ class _LogitGrads:
     def write(self, tokens: slice, rows: slice, out: Tensor, arrival: Arrival | None) -> None:
         """Fill ``out`` ``[tokens, rows]``; all hidden states have then arrived."""
 
-        def write_tiles(arrived: slice, hidden: Tensor) -> None:
+        def write_tiles(arrived: slice, hidden: Tensor, leave_room: bool) -> None:
             here = slice(arrived.start - tokens.start, arrived.stop - tokens.start)
-            self._write_tiles(self.head._replace(hidden=hidden), arrived, rows, out[here])
+            head = self.head._replace(hidden=hidden)
+            self._write_tiles(head, arrived, rows, out[here], leave_room=leave_room)
 
         if arrival is None:
-            write_tiles(tokens, part_of(self.head.hidden, tokens))
+            write_tiles(tokens, part_of(self.head.hidden, tokens), False)
         else:
             with Fork(out.device) as fork:
                 in_order_of_arrival(write_tiles, fork, self.head.hidden, tokens, arrival, self.block[0])
         self.write_targets(tokens, rows.start, out)
 
-    def _write_tiles(self, head: Operands, tokens: slice, rows: slice, out: Tensor) -> None:
+    def _write_tiles(self, head: Operands, tokens: slice, rows: slice, out: Tensor, *, leave_room: bool) -> None:
         level, slope, grad_logit_sum, _ = self.coefficients.of(tokens)
         of_tokens = {"max_ptr": self.max_logit[tokens], "level_ptr": level, "slope_ptr": slope}
         for part in slices(rows.stop, rows_per_copy(head.weight), rows.start):
@@ -251,7 +252,8 @@ class _LogitGrads:
             block = block._replace(weight=aligned(block.weight))
             out_part = out[:, part.start - rows.start : part.stop - rows.start]
             if self.on_hopper:
-                hopper_tiles.launch_tiles(block, out_part, new_counters(out.device)[0], **of_tokens)
+                counter = new_counters(out.device)[0]
+                hopper_tiles.launch_tiles(block, out_part, counter, leave_room=leave_room, **of_tokens)
             else:
                 tiles_t = ceil_div(out_part.shape[0], self.tile.block_t)
                 dlogits_kernel[(tiles_t * ceil_div(out_part.shape[1], self.tile.block_v),)](

@@ -387,7 +387,7 @@ class _Statistics:
         block = block._replace(weight=aligned(block.weight))
         counters = iter(new_counters(hidden.device, MOST_PARTS)) if self.on_hopper else None
 
-        def launch(part: slice, part_hidden: Tensor) -> None:
+        def launch(part: slice, part_hidden: Tensor, leave_room: bool) -> None:
             if self.cache is not None and rows.start == 0:
                 self.write_targets(part, part_hidden)
             here = slice(part.start - tokens.start, part.stop - tokens.start)
@@ -395,7 +395,8 @@ class _Statistics:
             if part != tokens:
                 part_partials = {name: None if field is None else field[:, here] for name, field in partials.items()}
             into: dict[str, Any] = {"stride_partial": num_tokens, **part_partials}
-            self._launch_tiles(block._replace(hidden=part_hidden), part, rows, strip, into, counters)
+            part_block = block._replace(hidden=part_hidden)
+            self._launch_tiles(part_block, part, rows, strip, into, counters, leave_room=leave_room)
 
         with Fork(hidden.device) as fork:
             in_order_of_arrival(launch, fork, hidden, tokens, arrival, self.block[0])
@@ -422,12 +423,16 @@ class _Statistics:
         strip: int,
         into: dict[str, Any],
         counters: Iterator[Tensor] | None,
+        *,
+        leave_room: bool,
     ) -> None:
         exps = reference = None
         if self.cache is not None and rows.start < self.num_kept:
             exps, reference = self.cache.exps[tokens, rows], self.cache.reference[tokens]
         if counters is not None:
-            hopper_tiles.launch_tiles(block, exps, next(counters), strip, reference_ptr=reference, **into)
+            hopper_tiles.launch_tiles(
+                block, exps, next(counters), strip, leave_room=leave_room, reference_ptr=reference, **into
+            )
         else:
             num_tokens, num_rows = block.hidden.shape[0], block.weight.shape[0]
             tiles = ceil_div(num_tokens, self.tile.block_t) * ceil_div(num_rows, self.tile.block_v)

@@ -50,6 +50,8 @@ TILE_M, HALF_M, TILE_N = gl.constexpr(BLOCK_M), gl.constexpr(BLOCK_M // 2), gl.c
 # Warps of the second group and of the loader, and their registers per thread.
 WARPS, REGISTERS = gl.constexpr([4, 1]), gl.constexpr([240, 24])
 _STORE_BUFFERS = gl.constexpr(2)
+# What NCCL holds on an H200 to send over NVLink.
+_MESSAGE_PROCESSORS = 24
 
 # Triton 3.9 renamed these two.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -224,9 +226,16 @@ def swizzled(swizzle_bytes: int, bits: int) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
 
 
-def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N) -> tuple[int]:
-    """The grid of a launch: a program on each SM, but no more than there are blocks ``[BLOCK_M, width]``."""
-    return (min(-(-M // BLOCK_M) * -(-N // width), num_processors(device)),)
+def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N, leave_room: bool = False) -> tuple[int]:
+    """The grid of a launch: a program on each SM, but no more than there are blocks ``[BLOCK_M, width]``.
+
+    Args:
+        leave_room: of some SMs, for a message and what is launched after it.
+    """
+    processors = num_processors(device)
+    if leave_room:
+        processors = max(processors // 2, processors - _MESSAGE_PROCESSORS)
+    return (min(-(-M // BLOCK_M) * -(-N // width), processors),)
 
 
 def new_counters(device: torch.device, launches: int = 1) -> tuple[Tensor, ...]:

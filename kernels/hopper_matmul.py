@@ -39,7 +39,7 @@ from vocab_parallel_fused.kernels.tiles import current_arch, num_processors, til
 
 # Where the last wave leaves so many processors idle, cuBLAS has a tile that fits better.
 _LEAST_FILLED = 0.9
-_NARROW = BLOCK_N // 2
+_NARROW = BLOCK_N // 4
 # What a message keeps processors from for each byte that is sent, counted in operations of the matrix units: on an H200
 # NCCL holds 24 SMs for 0.17 ms to send 32 MiB.
 _FLOPS_PER_BYTE_SENT = 760
@@ -127,7 +127,7 @@ def takes(out: Tensor, a: Tensor, b: Tensor, *, beside: bool = False) -> bool:
     if out.dtype not in (a.dtype, torch.float32) or not all(map(is_describable, (out, _stored(a), _stored(b)))):
         return False
     (M, N), processors = out.shape, num_processors(out.device)
-    # Narrow tiles fill a last wave in halves.
+    # Narrow tiles fill a part of a last wave.
     parts = BLOCK_N // _NARROW if beside else 1
     waves = ceil_div(ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N) * parts, processors) / parts
     filled = M * N / (waves * processors * BLOCK_M * BLOCK_N) if waves else 0.0

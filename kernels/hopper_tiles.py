@@ -241,6 +241,8 @@ def launch_tiles(
     counter: Tensor,
     strip: int = 1,
     stride_partial: int = 0,
+    *,
+    leave_room: bool = False,
     **pointers: Tensor | None,
 ) -> None:
     """Launch the kernel on one block of rows.
@@ -251,13 +253,15 @@ def launch_tiles(
         counter: one of :func:`new_counters`.
         strip: how many tiles of the same tokens leave one partial.
         stride_partial: from one partial of a token to its next.
+        leave_room: see :func:`~vocab_parallel_fused.kernels.hopper.programs`.
         **pointers: of the kernel's arguments; None is not wanted, and as good as left out.
     """
     hidden, weight, bias, transform = head
     T, V = hidden.shape[0], weight.shape[0]
     wanted = {name: pointer for name, pointer in pointers.items() if pointer is not None}
     hidden_descriptor, weight_descriptor = operand_descriptors(hidden, weight)
-    tiles_kernel[programs(T, V, hidden.device, width=strip * BLOCK_V)](
+    grid = programs(T, V, hidden.device, width=strip * BLOCK_V, leave_room=leave_room)
+    tiles_kernel[grid](
         hidden=hidden_descriptor,
         weight=weight_descriptor,
         out=None if out is None else store_descriptor(out),

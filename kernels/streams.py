@@ -67,7 +67,7 @@ def _stream_aside(device: torch.device) -> torch.cuda.Stream:
 
 
 def in_order_of_arrival(
-    launch: Callable[[slice, Tensor], None],
+    launch: Callable[[slice, Tensor, bool], None],
     fork: Fork,
     hidden: Tensor,
     tokens: slice,
@@ -78,7 +78,8 @@ def in_order_of_arrival(
     arrived.
 
     Args:
-        launch: called up to ``MOST_PARTS`` times, with some of the tokens and their hidden states.
+        launch: called up to ``MOST_PARTS`` times, with some of the tokens, their hidden states, and whether to leave
+            room for the message that brings the others, and then for these.
         fork: from which the launches go on.
         hidden: ``[T, H]`` of all tokens.
         tokens: some of them.
@@ -86,7 +87,7 @@ def in_order_of_arrival(
         block_t: tokens of a tile.
     """
     if arrival is None:
-        launch(tokens, part_of(hidden, tokens))
+        launch(tokens, part_of(hidden, tokens), False)
         return
     own = slice(max(tokens.start, arrival.own.start), min(tokens.stop, arrival.own.stop))
     others = (slice(tokens.start, min(tokens.stop, own.start)), slice(max(tokens.start, own.stop), tokens.stop))
@@ -97,11 +98,11 @@ def in_order_of_arrival(
 
     if own.start >= own.stop or sum(map(tiles, (own, *others))) > _MOST_SPLIT * tiles(tokens):
         arrival.wait()
-        launch(tokens, hidden[tokens])
+        launch(tokens, hidden[tokens], False)
         return
-    launch(own, aligned(arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start]))
+    launch(own, aligned(arrival.hidden[own.start - arrival.own.start : own.stop - arrival.own.start]), len(others) > 0)
     # Where they arrive, so that their tiles begin as soon as this rank's leave processors idle.
     with fork.on(arrival.stream):
         arrival.wait()
         for part in others:
-            launch(part, hidden[part])
+            launch(part, hidden[part], False)

@@ -83,24 +83,25 @@ def grads(
 
 
 def test_order_of_arrival() -> None:
-    """This rank's tokens first, unless launches of their own would take many more tiles."""
+    """This rank's tokens first, unless launches of their own would take many more tiles. They leave room for others,
+    if there are."""
     hidden = torch.randn(T, H)
 
     def order(own: slice, tokens: slice, block_t: int) -> list[str]:
         steps = []
 
-        def launch(part: slice, part_hidden: Tensor) -> None:
+        def launch(part: slice, part_hidden: Tensor, leave_room: bool) -> None:
             assert torch.equal(part_hidden, hidden[part])
-            steps.append(f"{part.start}:{part.stop}")
+            steps.append(f"{part.start}:{part.stop}{' with room' if leave_room else ''}")
 
         arrival = Arrival(own, hidden[own], lambda: steps.append("wait"))
         in_order_of_arrival(launch, streams.Fork(hidden.device), hidden, tokens, arrival, block_t)
         return steps
 
-    assert order(slice(32, 64), slice(0, 96), 16) == ["32:64", "wait", "0:32", "64:96"]
-    assert order(slice(0, 32), slice(0, 96), 16) == ["0:32", "wait", "32:96"]
-    assert order(slice(64, 96), slice(48, 80), 16) == ["64:80", "wait", "48:64"]
-    assert order(slice(32, 64), slice(48, 96), 16) == ["48:64", "wait", "64:96"]
+    assert order(slice(32, 64), slice(0, 96), 16) == ["32:64 with room", "wait", "0:32", "64:96"]
+    assert order(slice(0, 32), slice(0, 96), 16) == ["0:32 with room", "wait", "32:96"]
+    assert order(slice(64, 96), slice(48, 80), 16) == ["64:80 with room", "wait", "48:64"]
+    assert order(slice(32, 64), slice(48, 96), 16) == ["48:64 with room", "wait", "64:96"]
     assert order(slice(32, 64), slice(32, 48), 16) == ["32:48", "wait"]
     assert order(slice(32, 64), slice(64, 96), 16) == ["wait", "64:96"]
     assert order(slice(5, 37), slice(0, 96), 16) == ["wait", "0:96"]  # 1 + 2 + 4 blocks in place of 6
@@ -206,7 +207,7 @@ def test_own_tokens_are_aligned() -> None:
     arrival = Arrival(own, misaligned, lambda: None)
     parts: dict[int, Tensor] = {}
 
-    def launch(part: slice, part_hidden: Tensor) -> None:
+    def launch(part: slice, part_hidden: Tensor, _leave_room: bool) -> None:
         parts[part.start] = part_hidden
 
     in_order_of_arrival(launch, streams.Fork(torch.device("cpu")), torch.randn(T, H), slice(0, T), arrival, 16)
@@ -254,9 +255,9 @@ def test_several_groups_of_tokens(
 
     write_tiles = backward._LogitGrads._write_tiles
 
-    def logged(self: Any, head: Operands, tokens: slice, *others: Any) -> None:
+    def logged(self: Any, head: Operands, tokens: slice, *others: Any, **options: Any) -> None:
         visited.append((tokens.start, gathered.waits))
-        write_tiles(self, head, tokens, *others)
+        write_tiles(self, head, tokens, *others, **options)
 
     main_grad = torch.ones(V, H, device=device)
     memory: Any = {"workspace_bytes": 2**12, "main_grad": main_grad}

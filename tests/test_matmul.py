@@ -9,7 +9,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from vocab_parallel_fused.kernels import hopper_matmul, kept, sweep  # noqa: E402
+from vocab_parallel_fused.kernels import hopper, hopper_matmul, kept, sweep  # noqa: E402
 from vocab_parallel_fused.kernels.hopper_matmul import matmul, matmul_beside, takes  # noqa: E402
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -113,6 +113,18 @@ def test_narrow_tiles_where_a_message_makes_a_wave_more(
 ) -> None:
     monkeypatch.setattr(hopper_matmul, "num_processors", lambda _: 132)
     assert hopper_matmul._narrow_rows(torch.empty(M, 4096, device="meta"), K, sent_mib * 2**20) == narrow
+
+
+@pytest.mark.parametrize(
+    ("processors", "tiles", "leave_room", "programs"),
+    [(132, 1000, False, 132), (132, 1000, True, 108), (132, 100, True, 100), (132, 1, True, 1), (16, 1000, True, 8)],
+)
+def test_room_for_a_message(
+    processors: int, tiles: int, leave_room: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a part of a GPU, which has fewer processors than a message takes."""
+    monkeypatch.setattr(hopper, "num_processors", lambda _: processors)
+    assert hopper.programs(tiles * 128, 256, torch.device("meta"), leave_room=leave_room) == (programs,)
 
 
 def test_elsewhere_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
