@@ -1,5 +1,6 @@
 """Hidden states on their way from other ranks: what needs them waits for them, and all comes out as without."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -273,6 +274,35 @@ def test_several_groups_of_tokens(
         # Groups of another order are added up in another.
         tolerance = 4 * torch.finfo(grad.dtype).eps * value.abs().max().item()
         torch.testing.assert_close(grad, value, rtol=0, atol=tolerance)
+
+
+def test_who_leaves_room(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of this rank's tokens, in the forward and in the first block of the backward."""
+    if device.type == "cuda":
+        pytest.skip("tiles are too large there for parts of these tokens")
+    head, target_row = problem(device, torch.float32)
+    launched: list[tuple[int, bool]] = []
+    forward = importlib.import_module("vocab_parallel_fused.kernels.forward")
+    backward = importlib.import_module("vocab_parallel_fused.kernels.backward")
+    for owner, name in ((forward._Statistics, "_launch_tiles"), (backward._LogitGrads, "_write_tiles")):
+
+        def logged(self: Any, head: Operands, tokens: slice, *others: Any, leave_room: bool, of: Any) -> None:
+            launched.append((tokens.start, leave_room))
+            of(self, head, tokens, *others, leave_room=leave_room)
+
+        monkeypatch.setattr(owner, name, functools.partialmethod(logged, of=getattr(owner, name)))
+    gathered = Gathered(head.hidden, slice(32, 64))
+    arrived = head._replace(hidden=gathered.buffer)
+    stats, _ = select_kernels("triton", head.hidden).local_stats(
+        arrived, target_row, None, Wanted(), 0, gathered.arrival
+    )
+    in_parts = [(32, True), (0, False), (64, False)]
+    assert launched == in_parts
+    launched.clear()
+    gathered = Gathered(head.hidden, slice(32, 64))
+    grads("triton", head._replace(hidden=gathered.buffer), target_row, stats, None, gathered.arrival)
+    assert launched[:3] == in_parts
+    assert not any(leave_room for _, leave_room in launched[3:])
 
 
 @pytest.mark.parametrize(("tokens", "hidden_size", "rows"), [(37, 40, 21), (16, 32, 16), (1, 1, 3)])
