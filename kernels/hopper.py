@@ -50,7 +50,7 @@ TILE_M, HALF_M, TILE_N = gl.constexpr(BLOCK_M), gl.constexpr(BLOCK_M // 2), gl.c
 # Warps of the second group and of the loader, and their registers per thread.
 WARPS, REGISTERS = gl.constexpr([4, 1]), gl.constexpr([240, 24])
 _STORE_BUFFERS = gl.constexpr(2)
-# What NCCL holds on an H200 to send over NVLink.
+# SMs that NCCL holds on an H200 while it sends over NVLink.
 _MESSAGE_PROCESSORS = 24
 
 # Triton 3.9 renamed these two.
