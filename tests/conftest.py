@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +23,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Whenever a kernel calls a function, Triton's interpreter looks through all of the language for what to replace,
+    which took it nearly half of its time. What there is to find does not change."""
+    try:
+        from triton.language.core import is_builtin
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+
+    @functools.cache
+    def names(namespace: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(namespace) if is_builtin(member)]
+
+    def replace_builtins(namespace: Any, *how: Any) -> None:
+        for name in names(namespace):
+            member = getattr(namespace, name)
+            if is_builtin(member):
+                interpreter._patch_attr(namespace, name, member, *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", replace_builtins)
+        yield
 
 
 @pytest.fixture(scope="session")
