@@ -127,8 +127,8 @@ def takes(out: Tensor, a: Tensor, b: Tensor, *, beside: bool = False) -> bool:
     if out.dtype not in (a.dtype, torch.float32) or not all(map(is_describable, (out, _stored(a), _stored(b)))):
         return False
     (M, N), processors = out.shape, num_processors(out.device)
-    # Narrow tiles fill a part of a last wave.
-    parts = BLOCK_N // _NARROW if beside else 1
+    # Beside a message, where cuBLAS takes longer, half of the last wave may be idle.
+    parts = 2 if beside else 1
     waves = ceil_div(ceil_div(M, BLOCK_M) * ceil_div(N, BLOCK_N) * parts, processors) / parts
     filled = M * N / (waves * processors * BLOCK_M * BLOCK_N) if waves else 0.0
     # The copy engine stores whole groups of 8 columns.

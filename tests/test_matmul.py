@@ -73,13 +73,15 @@ def test_same_bits_as_cublas_beside_another_kernel() -> None:
         assert torch.equal(out, expected)
 
 
-@needs_hopper
-def test_takes_what_fills_the_processors() -> None:
+def test_takes_what_fills_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_matmul, "current_arch", lambda: "sm_90")
+    monkeypatch.setattr(hopper_matmul, "num_processors", lambda _: 132)
+
     def operands(M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            torch.empty(M, N, dtype=dtype, device="cuda"),
-            torch.empty(M, K, dtype=dtype, device="cuda"),
-            torch.empty(K, N, dtype=dtype, device="cuda"),
+            torch.empty(M, N, dtype=dtype, device="meta"),
+            torch.empty(M, K, dtype=dtype, device="meta"),
+            torch.empty(K, N, dtype=dtype, device="meta"),
         )
 
     out, a, b = operands(8192, 4096, 16032)
@@ -91,6 +93,7 @@ def test_takes_what_fills_the_processors() -> None:
     assert not takes(*operands(8192, 4096, 16032, torch.float32))
     assert not takes(*operands(8192, 2304, 4096))  # five waves, of which the last is a third
     assert takes(*operands(8192, 2304, 4096), beside=True)
+    assert not takes(*operands(4096, 2304, 4096), beside=True)  # 2.2 waves, of which half a one is mostly idle
     assert not takes(*operands(0, 4096, 64))
     assert not takes(*operands(8192, 4096, 0))
 
