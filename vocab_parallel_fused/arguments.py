@@ -3,6 +3,7 @@
 What only the other ranks can tell, that the shards tile the vocabulary, is checked when their numbers have arrived.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from vocab_parallel_fused.options import ComputeOptions
 from vocab_parallel_fused.sharding import VocabShard
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
+_DEFAULT_OPTIONS = ComputeOptions()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WORKSPACE_BYTES_ACCELERATOR = 128 * 2**20
 _WORKSPACE_BYTES_CPU = 4 * 2**20
@@ -72,7 +74,7 @@ def resolve_head(
     options: ComputeOptions | None = None,
 ) -> Head:
     """Check the layer's arguments, resolve their defaults and flatten the tokens."""
-    options = ComputeOptions() if options is None else options
+    options = _DEFAULT_OPTIONS if options is None else options
     if not isinstance(options, ComputeOptions):
         raise TypeError(f"options must be a ComputeOptions or None, got {type(options).__name__}")
     if not isinstance(sequence_parallel, bool):
@@ -214,9 +216,10 @@ def _resolve_layer(
 ) -> tuple[Tensor, Tensor]:
     """Input and weight, cast as torch's autocast does for a linear layer. ``names`` are those of all three."""
     of_input, of_weight, of_bias = names
-    named = {of_input: hidden, of_weight: weight} | ({} if bias is None else {of_bias: bias})
-    for name, tensor in named.items():
-        check_tensor(name, tensor, hidden)
+    check_tensor(of_input, hidden, hidden)
+    check_tensor(of_weight, weight, hidden)
+    if bias is not None:
+        check_tensor(of_bias, bias, hidden)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         # It leaves fp64 alone.
@@ -244,7 +247,7 @@ def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, w
             raise ValueError(
                 "linear_weight has no rows; pass shard= to say that this rank's part of the vocabulary is empty"
             )
-        return VocabShard(rank * rows, (rank + 1) * rows, world_size * rows)
+        return _equal_shard(rows, rank, world_size)
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}")
     if shard.num_rows != rows:
@@ -252,6 +255,11 @@ def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, w
     if world_size == 1 and shard.num_valid_rows != shard.vocab_size:
         raise ValueError(f"shard must hold the whole vocabulary on a single rank, got {shard}; pass group= for several")
     return shard
+
+
+@functools.lru_cache(maxsize=64)
+def _equal_shard(rows: int, rank: int, world_size: int) -> VocabShard:
+    return VocabShard(rank * rows, (rank + 1) * rows, world_size * rows)
 
 
 def _main_grad(linear_weight: Tensor) -> Tensor:
