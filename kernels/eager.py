@@ -29,6 +29,7 @@ from vocab_parallel_fused.stats import (
     empty_joint_stats,
     empty_stats,
     merge_stats,
+    stacked,
     top_k_order,
 )
 from vocab_parallel_fused.transform import Operands
@@ -47,8 +48,10 @@ def local_stats(
     wanted: Wanted,
     exp_cache_bytes: int,
     arrival: Arrival | None,
+    *,
+    one_part: bool = True,
 ) -> tuple[PartStats, ExpCache | None]:
-    """Statistics of this shard, and what is kept for the backward: here nothing.
+    """Statistics of the parts that make up this shard, stacked, and what is kept for the backward: here nothing.
 
     Args:
         head: hidden states of all tokens, and this shard's rows.
@@ -57,8 +60,10 @@ def local_stats(
         wanted: which statistics; ``argmax`` counts rows of the shard.
         exp_cache_bytes: memory that may be kept.
         arrival: of hidden states that are on their way; None: all are here.
+        one_part: merge them all. Else there may be several, here there never are.
     """
     del exp_cache_bytes  # to take an exponential again costs nothing beside this implementation's products
+    del one_part
     if arrival is not None:
         arrival.wait()
     T, V = head.hidden.shape[0], head.weight.shape[0]
@@ -71,7 +76,7 @@ def local_stats(
             tile = _tile_stats(_logits(head.block(tokens, rows)), rows.start, target_row[tokens], weights, wanted)
             merged = merge_stats(_over(torch.stack, merged, tile))
         chunks.append(merged)
-    return _over(torch.cat, *chunks), None
+    return stacked(_over(torch.cat, *chunks)), None
 
 
 def _over(join: Callable[[list[Tensor]], Tensor], *parts: PartStats) -> PartStats:
@@ -191,7 +196,7 @@ def token_loss(
     num_classes = None if sizes is None else count_classes(sizes)
     if num_classes is not None:
         covered &= num_classes == vocab_size
-    return TokenLoss(loss, whole.max_logit, whole.sum_exp, whole.owners, num_valid, covered, num_classes)
+    return TokenLoss(loss, *whole[:4], num_valid, covered, num_classes)
 
 
 def token_loss_grads(

@@ -12,10 +12,10 @@ logits of it, ``hopper_matmul.py`` a matrix.
 ``n − 1`` is over: parity ``1 − n % 2``, which of a fresh barrier counts as complete.
 
 All tiles but a program's first are drawn from a counter, so that whoever is free takes the next: where a message's
-kernel holds some of the SMs for a while, the programs that come late to them find less to do. The loader draws, and
-leaves the number with the first operands of a tile: ``numbers[s]`` is to be read once ``full[s]`` is complete, and
-below 0 there are no more. Which program computes a tile changes no bit of it. ``strip`` tiles of the same rows go
-together.
+kernel holds some of the SMs for a while, the programs that come late to them find less to do. Without a counter they
+are dealt in turn. The loader leaves a tile's number with its first operands: ``numbers[s]`` is to be read once
+``full[s]`` is complete, and below 0 there are no more. Which program computes a tile changes no bit of it. ``strip``
+tiles of the same rows go together.
 
 Operands lie in memory as ``x`` ``[M, K]`` and ``w`` ``[N, K]``, or the other way round where called transposed.
 """
@@ -112,7 +112,10 @@ def load_tiles(
                     _load_block(x, off_m, off_k, arrived, x_smem.index(2 * stage + half), X_TRANSPOSED)
                 _load_block(w, pid_n * WIDTH, off_k, arrived, w_smem.index(stage), W_TRANSPOSED)
                 stage, phase = _next_stage(stage, phase, STAGES)
-        number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if counter_ptr is not None:
+            number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        else:
+            number += gl.num_programs(0)
     mbarrier.wait(empty.index(stage), phase)
     numbers.index(stage).store(gl.full([1], -1, gl.int32, scalar))
     mbarrier.arrive(full.index(stage), count=1)
@@ -226,8 +229,8 @@ def swizzled(swizzle_bytes: int, bits: int) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=2)
 
 
-def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N, leave_room: bool = False) -> tuple[int]:
-    """The grid of a launch: a program on each SM, but no more than there are blocks ``[BLOCK_M, width]``.
+def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N, leave_room: bool = False) -> int:
+    """How many a launch has: a program on each SM, but no more than there are blocks ``[BLOCK_M, width]``.
 
     Args:
         leave_room: of some SMs, for a message and what is launched after it.
@@ -235,7 +238,7 @@ def programs(M: int, N: int, device: torch.device, *, width: int = BLOCK_N, leav
     processors = num_processors(device)
     if leave_room:
         processors = max(processors // 2, processors - _MESSAGE_PROCESSORS)
-    return (min(-(-M // BLOCK_M) * -(-N // width), processors),)
+    return min(-(-M // BLOCK_M) * -(-N // width), processors)
 
 
 def new_counters(device: torch.device, launches: int = 1) -> tuple[Tensor, ...]:

@@ -158,7 +158,7 @@ def _launch(out: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None, counter
     x, w = operand_descriptors(
         _stored(a), _stored(b), x_transposed=x_transposed, w_transposed=w_transposed, width=width
     )
-    matmul_kernel[programs(*out.shape, out.device, width=width)](
+    matmul_kernel[(programs(*out.shape, out.device, width=width),)](
         x=x,
         w=w,
         out=store_descriptor(out),

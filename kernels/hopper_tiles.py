@@ -33,6 +33,7 @@ from vocab_parallel_fused.kernels.hopper import (
     store_columns,
     store_descriptor,
 )
+from vocab_parallel_fused.kernels.launcher import Launcher
 from vocab_parallel_fused.kernels.tiles import (
     LEAST_LOG2,
     LN2,
@@ -67,8 +68,9 @@ def _merge(maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp
 
 @gluon.jit
 def _reduce_tiles(
-    bias_ptr, out, out_smem, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr, reference_ptr, max_ptr,
-    level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V, H, strip, stride_partial, inner, outer,
+    bias_ptr, out, out_smem, target_row_ptr, partial_max_ptr, partial_sum_exp_ptr, partial_target_logit_ptr,
+    partial_owners_ptr, partial_sum_exp_logit_ptr, reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem,
+    weight_smem, numbers, full, empty, T, V, H, strip, stride_partial, inner, outer,
     HALF: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, TRANSFORM: gl.constexpr,
 ):  # fmt: skip
     """The walk of the group that has this half of each tile's tokens."""
@@ -92,6 +94,13 @@ def _reduce_tiles(
             level = gl.load(level_ptr + offs_t, mask=mask_t, other=0.0)
         if slope_ptr is not None:
             slope = gl.load(slope_ptr + offs_t, mask=mask_t, other=0.0)
+        if target_row_ptr is not None:
+            target_row = gl.load(target_row_ptr + offs_t, mask=mask_t, other=-1)
+            first_row, end = pid_strip * strip * TILE_N, gl.minimum((pid_strip + 1) * strip * TILE_N, V)
+            owned = (target_row >= first_row) & (target_row < end)
+            # As numbers of 32 bits; −1 is no row.
+            target_row = gl.where(owned, target_row, -1).to(gl.int32)
+            target_logit = gl.zeros([HALF_M], gl.float32, rows)
         maximum = gl.full([HALF_M], -float("inf"), gl.float32, rows)
         sum_exp = gl.zeros([HALF_M], gl.float32, rows)
         sum_exp_logit = sum_exp
@@ -124,6 +133,8 @@ def _reduce_tiles(
                 maximum, sum_exp, sum_exp_logit = _merge(
                     maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp_logit
                 )
+                if target_row_ptr is not None:
+                    target_logit += gl.sum(gl.where(offs_v[None, :] == target_row[:, None], z, 0.0), axis=1)
                 if reference_ptr is not None:
                     exps *= (gl.exp2((tile_max - reference) * LOG2E) / largest)[:, None]
             elif slope_ptr is not None:
@@ -139,6 +150,9 @@ def _reduce_tiles(
         if partial_max_ptr is not None:
             gl.store(partial_max_ptr + offs, maximum, mask=mask_t)
             gl.store(partial_sum_exp_ptr + offs, sum_exp, mask=mask_t)
+        if target_row_ptr is not None:
+            gl.store(partial_target_logit_ptr + offs, target_logit, mask=mask_t)
+            gl.store(partial_owners_ptr + offs, owned.to(gl.float32), mask=mask_t)
         if partial_sum_exp_logit_ptr is not None:
             gl.store(partial_sum_exp_logit_ptr + offs, sum_exp_logit, mask=mask_t)
         number = next_number(numbers, full, stage, phase)
@@ -146,20 +160,31 @@ def _reduce_tiles(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "V", "H", "strip", "stride_partial"])
+# Numbers of tokens, of which each thread has a few that do not lie beside each other.
+_OF_TOKENS = [f"partial_{name}_ptr" for name in ("max", "sum_exp", "target_logit", "owners", "sum_exp_logit")]
+_OF_TOKENS += [f"{name}_ptr" for name in ("target_row", "reference", "max", "level", "slope", "counter")]
+
+
+@gluon.jit(
+    do_not_specialize=["T", "V", "H", "strip", "stride_partial", "inner", "outer"],
+    do_not_specialize_on_alignment=_OF_TOKENS,
+)
 def tiles_kernel(
     hidden,  # [T, H] descriptor
     weight,  # [V, H] descriptor
     bias_ptr,  # [V] or None
     out,  # [T, V] descriptor, out, or None: kept exponentials, or dlogits
+    target_row_ptr,  # [T] int64, or None: not looked for
     partial_max_ptr,  # [num_strips, T] out, or None: write dlogits
     partial_sum_exp_ptr,  # [num_strips, T] out, or None
+    partial_target_logit_ptr,  # [num_strips, T] out, 0 where the target is not in the strip, or None
+    partial_owners_ptr,  # [num_strips, T] out, 1 or 0, or None
     partial_sum_exp_logit_ptr,  # [num_strips, T] out, or None
     reference_ptr,  # [T] or None: keep no exponentials
     max_ptr,  # [T] or None
     level_ptr,  # [T] or None: write statistics
     slope_ptr,  # [T] or None
-    counter_ptr,  # [1] int32, 0
+    counter_ptr,  # [1] int32, 0, or None
     T,
     V,
     H,
@@ -182,17 +207,19 @@ def tiles_kernel(
             (
                 _reduce_tiles,
                 (
-                    bias_ptr, out, out_smem_0, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr,
-                    reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V,
-                    H, strip, stride_partial, inner, outer, 0, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
+                    bias_ptr, out, out_smem_0, target_row_ptr, partial_max_ptr, partial_sum_exp_ptr,
+                    partial_target_logit_ptr, partial_owners_ptr, partial_sum_exp_logit_ptr, reference_ptr, max_ptr,
+                    level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V, H, strip,
+                    stride_partial, inner, outer, 0, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
                 ),
             ),
             (
                 _reduce_tiles,
                 (
-                    bias_ptr, out, out_smem_1, partial_max_ptr, partial_sum_exp_ptr, partial_sum_exp_logit_ptr,
-                    reference_ptr, max_ptr, level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V,
-                    H, strip, stride_partial, inner, outer, 1, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
+                    bias_ptr, out, out_smem_1, target_row_ptr, partial_max_ptr, partial_sum_exp_ptr,
+                    partial_target_logit_ptr, partial_owners_ptr, partial_sum_exp_logit_ptr, reference_ptr, max_ptr,
+                    level_ptr, slope_ptr, hidden_smem, weight_smem, numbers, full, empty, T, V, H, strip,
+                    stride_partial, inner, outer, 1, BLOCK_K, STAGES, GROUP_M, TRANSFORM,
                 ),
             ),
             (
@@ -208,6 +235,7 @@ def tiles_kernel(
     )  # fmt: skip
 
 
+_launch = Launcher(tiles_kernel)
 _NO_POINTERS = dict.fromkeys(name for name in tiles_kernel.arg_names if name.endswith("_ptr"))
 
 
@@ -238,7 +266,7 @@ def tokens_per_launch(num_rows: int, bytes_per_token: int, partial_bytes: int) -
 def launch_tiles(
     head: Operands,
     out: Tensor | None,
-    counter: Tensor,
+    counter: Tensor | None,
     strip: int = 1,
     stride_partial: int = 0,
     *,
@@ -250,27 +278,30 @@ def launch_tiles(
     Args:
         head: its tokens and rows.
         out: ``[T, V]`` in the inputs' dtype, or None. Up to 7 elements past the end of each row are overwritten.
-        counter: one of :func:`new_counters`.
+        counter: one of :func:`new_counters`; None: tiles are dealt to programs in turn.
         strip: how many tiles of the same tokens leave one partial.
         stride_partial: from one partial of a token to its next.
         leave_room: see :func:`~vocab_parallel_fused.kernels.hopper.programs`.
-        **pointers: of the kernel's arguments; None is not wanted, and as good as left out.
+        **pointers: others of the kernel's arguments; None is not wanted, whether the kernel has it or not.
     """
     hidden, weight, bias, transform = head
     T, V = hidden.shape[0], weight.shape[0]
-    wanted = {name: pointer for name, pointer in pointers.items() if pointer is not None}
     hidden_descriptor, weight_descriptor = operand_descriptors(hidden, weight)
-    grid = programs(T, V, hidden.device, width=strip * BLOCK_V, leave_room=leave_room)
-    tiles_kernel[grid](
-        hidden=hidden_descriptor,
-        weight=weight_descriptor,
-        out=None if out is None else store_descriptor(out),
-        T=T,
-        V=V,
-        H=min(hidden.shape[1], weight.shape[1]),
-        strip=strip,
-        stride_partial=stride_partial,
-        **(_NO_POINTERS | wanted | {"bias_ptr": bias, "counter_ptr": counter}),
+    arguments = {
+        **_NO_POINTERS,
+        **{name: pointer for name, pointer in pointers.items() if pointer is not None},
+        "hidden": hidden_descriptor,
+        "weight": weight_descriptor,
+        "bias_ptr": bias,
+        "out": None if out is None else store_descriptor(out),
+        "counter_ptr": counter,
+        "T": T,
+        "V": V,
+        "H": min(hidden.shape[1], weight.shape[1]),
+        "strip": strip,
+        "stride_partial": stride_partial,
         **transform_kwargs(transform),
         **LAUNCH,
-    )
+    }
+    num_programs = programs(T, V, hidden.device, width=strip * BLOCK_V, leave_room=leave_room)
+    _launch(num_programs, hidden.device, arguments)

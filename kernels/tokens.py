@@ -1,6 +1,6 @@
 """The plain cross-entropy on ``[T]`` numbers, in one launch each way: as operations of torch it takes some thirty.
 
-    m_t = max_p m_pt,   s_t = Σ_p s_pt · exp(m_pt − m_t)      the parts ``p`` of the vocabulary, merged
+    m_t = max_p m_pt,   s_t = Σ_p s_pt · exp(m_pt − m_t)      parts ``p`` of the vocabulary, ranks' or tiles', merged
     loss_t = log s_t − min(z_t(y_t) − m_t, 0)  if y_t is not ignored, else 0;    their sum or mean
     level_t = g_t / s_t,    grad_target_t = −g_t      what the backward needs to know of it, 0 if y_t is ignored
 
@@ -15,15 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vocab_parallel_fused.kernels.launcher import Launcher
 from vocab_parallel_fused.stats import DIGIT, DlogitsCoefficients, PartStats, TokenLoss
 
-_LOSS_LAUNCH: dict[str, Any] = {"BLOCK_T": 1024, "num_warps": 8}
+_LOSS_LAUNCH: dict[str, Any] = {"BLOCK_T": 1024, "BLOCK_P": 1, "num_warps": 8}
+# Of few tokens each tile may have left a part: one program takes them all, so many numbers at a time.
+_FEW_TOKENS = (16, 64, 128)
+_FEW_TOKENS_NUMBERS = 2**13
 _GRADS_LAUNCH: dict[str, Any] = {"BLOCK_T": 512}
 _DIGIT = tl.constexpr(DIGIT)
 _BLOCK_SUMS = tl.constexpr(128)  # of programs that are added up at a time
+# The pointers of `token_loss_kernel`.
+_NUMBERS = ["part_max", "part_sum_exp", "part_target_logit", "part_owners", "sizes", "target", "max", "sum_exp"]
+_NUMBERS += ["target_logit", "owners", "loss", "total", "num_valid", "covered", "num_classes", "sums", "counter"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["P", "T", "stride_part", "N", "stride_sizes"],
+    # Parts may lie anywhere in a message, and what comes of them is little.
+    do_not_specialize_on_alignment=[f"{name}_ptr" for name in _NUMBERS],
+)
 def token_loss_kernel(
     part_max_ptr,  # [P, T]
     part_sum_exp_ptr,  # [P, T]
@@ -33,6 +44,7 @@ def token_loss_kernel(
     target_ptr,  # [T] int64
     max_ptr,  # [T] out
     sum_exp_ptr,  # [T] out
+    target_logit_ptr,  # [T] out
     owners_ptr,  # [T] out
     loss_ptr,  # [T] out, or None: reduce
     total_ptr,  # [] out, or None if the loss is there
@@ -50,6 +62,7 @@ def token_loss_kernel(
     ignore_index,
     MEAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     pid_t = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -57,15 +70,25 @@ def token_loss_kernel(
     mask_t = offs_t < T
     valid = mask_t & (tl.load(target_ptr + offs_t, mask=mask_t, other=0) != ignore_index)
     maximum, sum_exp, target_logit, owners = _merge_parts(  # pyright: ignore[reportGeneralTypeIssues]
-        part_max_ptr, part_sum_exp_ptr, part_target_logit_ptr, part_owners_ptr, offs_t, mask_t, P, stride_part, BLOCK_T
+        part_max_ptr,
+        part_sum_exp_ptr,
+        part_target_logit_ptr,
+        part_owners_ptr,
+        offs_t,
+        T,
+        P,
+        stride_part,
+        BLOCK_T,
+        BLOCK_P,
     )
     tl.store(max_ptr + offs_t, maximum, mask=mask_t)
     tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_t)
+    tl.store(target_logit_ptr + offs_t, target_logit, mask=mask_t)
     tl.store(owners_ptr + offs_t, owners, mask=mask_t)
     difference = target_logit - maximum
     # Another order of products may have rounded the target above the largest logit.
     difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    loss = tl.where(valid, tl.log(sum_exp) - difference, 0.0)
+    loss = tl.where(valid, tl.log(tl.where(valid, sum_exp, 1.0)) - difference, 0.0)
     if loss_ptr is not None:
         tl.store(loss_ptr + offs_t, loss, mask=mask_t)
 
@@ -105,27 +128,53 @@ def token_loss_kernel(
         tl.store(covered_ptr, covered.to(tl.int32))
 
 
+_launch_loss = Launcher(token_loss_kernel)
+
+
 @triton.jit
 def _merge_parts(
-    max_ptr, sum_exp_ptr, target_logit_ptr, owners_ptr, offs_t, mask_t, P, stride_part, BLOCK_T: tl.constexpr
+    max_ptr,
+    sum_exp_ptr,
+    target_logit_ptr,
+    owners_ptr,
+    offs_t,
+    T,
+    P,
+    stride_part,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """[BLOCK_T] each, of the whole vocabulary."""
-    maximum = tl.load(max_ptr + offs_t, mask=mask_t, other=0.0)
-    for part in range(1, P):
-        part_max = tl.load(max_ptr + part * stride_part + offs_t, mask=mask_t, other=0.0)
-        maximum = tl.maximum(maximum, part_max, propagate_nan=tl.PropagateNan.ALL)
+    # Blocks of parts are added up element by element, and what they leave in the end.
+    largest = tl.full((BLOCK_T, BLOCK_P), -float("inf"), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        offs, mask = _block_of_parts(first, offs_t, T, P, stride_part, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
+        largest = _larger(largest, tl.load(max_ptr + offs, mask=mask, other=-float("inf")))
+    maximum = tl.reduce(largest, 1, _larger)
     # Where every class is −inf, −inf − −inf would make a NaN.
     finite = tl.where(maximum == -float("inf"), 0.0, maximum)
-    sum_exp = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    target_logit = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    owners = tl.zeros((BLOCK_T,), dtype=tl.float32)
-    for part in range(P):
-        offs = part * stride_part + offs_t
-        part_max = tl.load(max_ptr + offs, mask=mask_t, other=0.0)
-        sum_exp += tl.load(sum_exp_ptr + offs, mask=mask_t, other=1.0) * tl.exp(part_max - finite)
-        target_logit += tl.load(target_logit_ptr + offs, mask=mask_t, other=0.0)
-        owners += tl.load(owners_ptr + offs, mask=mask_t, other=0.0)
-    return maximum, sum_exp, target_logit, owners
+    sum_exp = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    target_logit = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    owners = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        offs, mask = _block_of_parts(first, offs_t, T, P, stride_part, BLOCK_P)  # pyright: ignore[reportGeneralTypeIssues]
+        part_max = tl.load(max_ptr + offs, mask=mask, other=-float("inf"))
+        sum_exp += tl.load(sum_exp_ptr + offs, mask=mask, other=0.0) * tl.exp(part_max - finite[:, None])
+        target_logit += tl.load(target_logit_ptr + offs, mask=mask, other=0.0)
+        owners += tl.load(owners_ptr + offs, mask=mask, other=0.0)
+    return maximum, tl.sum(sum_exp, axis=1), tl.sum(target_logit, axis=1), tl.sum(owners, axis=1)
+
+
+@triton.jit
+def _block_of_parts(first, offs_t, T, P, stride_part, BLOCK_P: tl.constexpr):
+    """Where [BLOCK_T, BLOCK_P] numbers lie, and which of them are there."""
+    parts = first + tl.arange(0, BLOCK_P).to(tl.int64)
+    return offs_t[:, None] + parts[None, :] * stride_part, (offs_t < T)[:, None] & (parts < P)[None, :]
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -169,42 +218,55 @@ def token_loss(
     P, T = parts.max_logit.shape
     loss = target.new_empty(T if reduction == "none" else (), dtype=torch.float32)
     # Not parts of one tensor, of which the backward would hold all.
-    max_logit, sum_exp, owners = (loss.new_empty(T) for _ in range(3))
+    max_logit, sum_exp = loss.new_empty(T), loss.new_empty(T)
+    target_logit, owners = loss.new_empty(T, 1), loss.new_empty(T, 1)
     num_valid, covered = loss.new_empty(()), loss.new_empty((), dtype=torch.int32)
     num_classes = None if sizes is None else loss.new_empty((), dtype=torch.int64)
-    num_programs = -(-T // _LOSS_LAUNCH["BLOCK_T"])
+    launch = loss_launch(T)
+    num_programs = -(-T // launch["BLOCK_T"])
     sums = counter = None
     if num_programs > 1:
         sums = loss.new_empty(3, num_programs)
         counter = torch.zeros((), dtype=torch.int32, device=loss.device)
-    token_loss_kernel[(max(1, num_programs),)](
-        parts.max_logit,
-        parts.sum_exp,
-        parts.target_logit,
-        parts.owners,
-        sizes,
-        target,
-        max_logit,
-        sum_exp,
-        owners,
-        loss if reduction == "none" else None,
-        None if reduction == "none" else loss,
-        num_valid,
-        covered,
-        num_classes,
-        sums,
-        counter,
-        P,
-        T,
-        # Of several parts all fields are in the same messages.
-        parts.max_logit.stride(0),
-        0 if sizes is None else sizes.shape[0],
-        0 if sizes is None else sizes.stride(0),
-        vocab_size,
-        ignore_index,
-        **{"MEAN": reduction == "mean", **_LOSS_LAUNCH},
-    )
-    return TokenLoss(loss, max_logit, sum_exp, owners[:, None], num_valid, covered, num_classes)
+    arguments = {
+        "part_max_ptr": parts.max_logit,
+        "part_sum_exp_ptr": parts.sum_exp,
+        "part_target_logit_ptr": parts.target_logit,
+        "part_owners_ptr": parts.owners,
+        "sizes_ptr": sizes,
+        "target_ptr": target,
+        "max_ptr": max_logit,
+        "sum_exp_ptr": sum_exp,
+        "target_logit_ptr": target_logit,
+        "owners_ptr": owners,
+        "loss_ptr": loss if reduction == "none" else None,
+        "total_ptr": None if reduction == "none" else loss,
+        "num_valid_ptr": num_valid,
+        "covered_ptr": covered,
+        "num_classes_ptr": num_classes,
+        "sums_ptr": sums,
+        "counter_ptr": counter,
+        "P": P,
+        "T": T,
+        # Of several parts all fields are in the same message.
+        "stride_part": parts.max_logit.stride(0),
+        "N": 0 if sizes is None else sizes.shape[0],
+        "stride_sizes": 0 if sizes is None else sizes.stride(0),
+        "vocab_size": vocab_size,
+        "ignore_index": ignore_index,
+        "MEAN": reduction == "mean",
+        **launch,
+    }
+    _launch_loss(max(1, num_programs), loss.device, arguments)
+    return TokenLoss(loss, max_logit, sum_exp, target_logit, owners, num_valid, covered, num_classes)
+
+
+def loss_launch(num_tokens: int) -> dict[str, Any]:
+    """How ``token_loss_kernel`` is launched on so many tokens."""
+    for block_t in _FEW_TOKENS:
+        if num_tokens <= block_t:
+            return _LOSS_LAUNCH | {"BLOCK_T": block_t, "BLOCK_P": _FEW_TOKENS_NUMBERS // block_t}
+    return _LOSS_LAUNCH
 
 
 def token_loss_grads(

@@ -42,8 +42,9 @@ KERNELS = {
     "divergence_dlogits_kernel",
 }
 TYPES = {"target_row_ptr": "*i64", "argmax_ptr": "*i64", "partial_argmax_ptr": "*i32", "top_row_ptr": "*i64"}
-# All that the loss without options has of its kernels' optional pointers.
-PLAIN = {"partial_max", "partial_sum_exp", "max", "level", "dlogits"}
+OF_TARGETS = ("target_row", "partial_target_logit", "partial_owners")
+# All that the loss of few tokens without options has of its kernels' optional pointers.
+PLAIN = {"partial_max", "partial_sum_exp", *OF_TARGETS, "max", "level", "dlogits"}
 TYPES |= {"inner": "fp32", "outer": "fp32"}
 # A launch makes a constant of every 1, and one target of each token is what a cross-entropy has.
 _ONE_TARGET = {"K": 1}
@@ -111,7 +112,7 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             constants |= {} if present else _ONE_TARGET
             types = TYPES | {"dlogits_ptr": _element(dtype, pointer=True)}
             compiler.build(backward.target_dlogits_kernel, types, constants, {}, f"{dtype} {transform=}")
-    merged = ("class_sum", "logit_sum", "sum_exp_logit", "argmax")
+    merged = ("target_logit", "owners", "class_sum", "logit_sum", "sum_exp_logit", "argmax")
     for first, present in ((True, ()), (False, merged)):
         constants = {"FIRST": first, **forward._MERGE_LAUNCH} | ({"num_partials": 1} if first else {})
         for prefix in ("", "partial_"):
@@ -123,12 +124,16 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
         "num_classes_ptr": "*i64",
         "counter_ptr": "*i32",
     }
-    loss_launch = dict(tokens._LOSS_LAUNCH)
-    options = {"num_warps": loss_launch.pop("num_warps")}
-    for absent in (("loss_ptr",), ("total_ptr", "sizes_ptr", "num_classes_ptr", "sums_ptr", "counter_ptr")):
-        one_rank = {"P": 1} if "sizes_ptr" in absent else {}
-        constants = loss_launch | {"MEAN": "loss_ptr" in absent} | dict.fromkeys(absent) | one_rank
-        compiler.build(tokens.token_loss_kernel, token_types, constants, options, "")
+    one_rank, one_program = ("sizes_ptr", "num_classes_ptr"), ("sums_ptr", "counter_ptr")
+    for num_tokens, absent in (
+        (8192, ("loss_ptr",)),
+        (1024, ("total_ptr", *one_rank, *one_program)),
+        *((few, ("loss_ptr", *one_rank, *one_program)) for few in tokens._FEW_TOKENS),
+    ):
+        constants: dict[str, Any] = tokens.loss_launch(num_tokens) | dict.fromkeys(absent)
+        constants["MEAN"] = "loss_ptr" in absent
+        options = {"num_warps": constants.pop("num_warps")}
+        compiler.build(tokens.token_loss_kernel, token_types, constants, options, f"{num_tokens=}")
     compiler.build(tokens.token_loss_grads_kernel, token_types, tokens._GRADS_LAUNCH, {}, "")
     for transform in ("identity", "softcap"):
         constants = kept._SCALE_LAUNCH | {"TRANSFORM": transform} | (_ONE_TARGET if transform == "identity" else {})
@@ -198,7 +203,8 @@ def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: 
         ),
         (backward.dlogits_kernel, [("slope",), ("grad_logit_sum",)]),
     ):
-        everything = ("class_weight", *(name for term in terms for name in term))
+        of_targets = OF_TARGETS if kernel is forward.partial_stats_kernel else ()
+        everything = ("class_weight", *of_targets, *(name for term in terms for name in term))
         chosen = [everything if transform == "softcap" else ()]
         if transform == "identity" and dtype != torch.float16:
             chosen += terms
@@ -263,6 +269,7 @@ def compile_for_hopper(compiler: Compiler, dtype: Any, transform: str, *, has_bi
     for present in (
         stats,
         stats | {"partial_sum_exp_logit_ptr"},
+        stats | {f"{name}_ptr" for name in OF_TARGETS},
         stats | {"reference_ptr", "out"},
         dlogits,
         dlogits | {"slope_ptr"},

@@ -1,6 +1,5 @@
 """Hidden states on their way from other ranks: what needs them waits for them, and all comes out as without."""
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from vocab_parallel_fused.dispatch import select_kernels
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels.sweep import GradBuffers
 from vocab_parallel_fused.options import Impl
-from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats
+from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, Wanted, empty_stats, merge_stats
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
 tiles = pytest.importorskip("vocab_parallel_fused.kernels.tiles")
@@ -68,6 +67,7 @@ def grads(
 ) -> tuple[Tensor, Tensor, list[bool]]:
     """dhidden, dweight, and whether dhidden held a NaN when it was said to be complete."""
     hidden, weight, *_ = head
+    stats = merge_stats(stats)
     level = torch.linspace(0.5, 2, len(hidden), device=hidden.device) / stats.sum_exp
     coefficients = DlogitsCoefficients(level, None, None, -stats.owners * 0.7)
     dhidden = torch.full(hidden.shape, torch.nan, dtype=hidden.dtype, device=hidden.device)
@@ -124,9 +124,7 @@ def test_launches_of_statistics() -> None:
             class_weight=None,
             stats=empty_stats(target_row, torch.float32, Wanted()),
             cache=None,
-            arch="sm_90",
-            tile=configs.tile_config("sm_90", torch.bfloat16, tokens),
-            on_hopper=True,
+            tiles=forward._Tiles("sm_90", configs.tile_config("sm_90", torch.bfloat16, tokens), on_hopper=True),
         )
         return [(t.start, t.stop, r.start, r.stop, strip) for t, r, strip in statistics.launches(first_token)]
 
@@ -284,13 +282,19 @@ def test_who_leaves_room(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     launched: list[tuple[int, bool]] = []
     forward = importlib.import_module("vocab_parallel_fused.kernels.forward")
     backward = importlib.import_module("vocab_parallel_fused.kernels.backward")
-    for owner, name in ((forward._Statistics, "_launch_tiles"), (backward._LogitGrads, "_write_tiles")):
+    of_stats, of_dlogits = forward._Tiles.launch, backward._LogitGrads._write_tiles
 
-        def logged(self: Any, head: Operands, tokens: slice, *others: Any, leave_room: bool, of: Any) -> None:
-            launched.append((tokens.start, leave_room))
-            of(self, head, tokens, *others, leave_room=leave_room)
+    def log_stats(self: Any, *others: Any, leave_room: bool, **options: Any) -> None:
+        *_, pointers = others
+        launched.append((pointers["partial_max_ptr"].storage_offset(), leave_room))  # of the tokens' partials
+        of_stats(self, *others, leave_room=leave_room, **options)
 
-        monkeypatch.setattr(owner, name, functools.partialmethod(logged, of=getattr(owner, name)))
+    def log_dlogits(self: Any, head: Operands, tokens: slice, *others: Any, leave_room: bool) -> None:
+        launched.append((tokens.start, leave_room))
+        of_dlogits(self, head, tokens, *others, leave_room=leave_room)
+
+    monkeypatch.setattr(forward._Tiles, "launch", log_stats)
+    monkeypatch.setattr(backward._LogitGrads, "_write_tiles", log_dlogits)
     gathered = Gathered(head.hidden, slice(32, 64))
     arrived = head._replace(hidden=gathered.buffer)
     stats, _ = select_kernels("triton", head.hidden).local_stats(
@@ -393,7 +397,7 @@ def test_an_error_waits(step: str, late: Late, device: torch.device, monkeypatch
     head, _ = problem(device, torch.float32)
     eager = importlib.import_module("vocab_parallel_fused.kernels.eager")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **_options: object) -> None:
         raise MemoryError(step)
 
     monkeypatch.setattr(eager, step, fail)

@@ -18,7 +18,7 @@ from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entrop
 from vocab_parallel_fused import autograd as vpf_autograd
 from vocab_parallel_fused import collectives as vpf_collectives
 from vocab_parallel_fused.options import Combine, Impl
-from vocab_parallel_fused.stats import PartStats, count_classes, merge_stats
+from vocab_parallel_fused.stats import PartStats, count_classes, merge_stats, stacked
 from vocab_parallel_fused.testing import (
     Results,
     assert_within_error_budget,
@@ -137,7 +137,7 @@ def merge_of_nothing(group: ProcessGroup, combine: Combine) -> None:
     local = PartStats(
         max_logit, sum_exp, nothing, nothing, sum_exp_logit=-sum_exp, argmax=torch.tensor([4, 5, 6]) + 9 * rank
     )
-    parts, sizes = vpf_collectives.gather_stats(local, 2**25 + rank, 2**26 + 1, group, combine)
+    parts, sizes = vpf_collectives.gather_stats(stacked(local), 2**25 + rank, 2**26 + 1, group, combine)
     assert sizes is not None
     assert count_classes(sizes) == 2**26 + 1
     whole = merge_stats(parts)
@@ -340,7 +340,7 @@ class Operations(TorchDispatchMode):
 def operations_of_a_gather(group: ProcessGroup, combine: Combine) -> set[str]:
     local = PartStats(*torch.rand(2, 6), *torch.rand(2, 6, 1))
     with Operations() as operations:
-        vpf_collectives.gather_stats(local, 7, 14, group, combine)
+        vpf_collectives.gather_stats(stacked(local), 7, 14, group, combine)
     return operations.names
 
 

@@ -26,9 +26,10 @@ ALLOWED = {
     "kernels.sweep": {"kernels.plan", "transform"},
     "kernels.eager": {"arrival", "exp_cache", "kernels.plan", "kernels.sweep", "stats", "transform"},
     "kernels.tiles": {"arrival", "kernels.configs", "transform"},
+    "kernels.launcher": {"kernels.tiles"},
     "kernels.streams": {"arrival", "kernels.tiles", "transform"},
     "kernels.hopper": {"kernels.tiles"},
-    "kernels.hopper_tiles": {"kernels.configs", "kernels.hopper", "kernels.tiles", "transform"},
+    "kernels.hopper_tiles": {"kernels.configs", "kernels.hopper", "kernels.launcher", "kernels.tiles", "transform"},
     "kernels.hopper_matmul": {
         "kernels.configs",
         "kernels.hopper",
@@ -53,6 +54,7 @@ ALLOWED = {
         "kernels.configs",
         "kernels.hopper",
         "kernels.hopper_tiles",
+        "kernels.launcher",
         "kernels.plan",
         "kernels.streams",
         "kernels.tiles",
@@ -85,7 +87,7 @@ ALLOWED = {
         "stats",
         "transform",
     },
-    "kernels.tokens": {"stats"},
+    "kernels.tokens": {"kernels.launcher", "stats"},
     "kernels.selection": {"kernels.configs", "kernels.plan", "kernels.tiles", "transform"},
     "dispatch": {
         "exp_cache",

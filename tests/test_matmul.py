@@ -127,7 +127,7 @@ def test_room_for_a_message(
 ) -> None:
     """Also on a part of a GPU, which has fewer processors than a message takes."""
     monkeypatch.setattr(hopper, "num_processors", lambda _: processors)
-    assert hopper.programs(tiles * 128, 256, torch.device("meta"), leave_room=leave_room) == (programs,)
+    assert hopper.programs(tiles * 128, 256, torch.device("meta"), leave_room=leave_room) == programs
 
 
 def test_elsewhere_the_product_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,9 +195,11 @@ def test_only_what_is_asked_for_is_computed(
     def record(module: Any) -> None:
         local_stats = module.local_stats
 
-        def recorded(head: Operands, target_row: torch.Tensor, class_weight: Any, wanted: Wanted, *rest: Any) -> Any:
+        def recorded(
+            head: Operands, target_row: torch.Tensor, class_weight: Any, wanted: Wanted, *rest: Any, **options: Any
+        ) -> Any:
             calls.append((target_row.shape[1], {name for name, value in wanted._asdict().items() if value}))
-            return local_stats(head, target_row, class_weight, wanted, *rest)
+            return local_stats(head, target_row, class_weight, wanted, *rest, **options)
 
         monkeypatch.setattr(module, "local_stats", recorded)
 

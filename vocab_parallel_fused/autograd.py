@@ -21,7 +21,7 @@ Any loss is ordinary PyTorch on the statistics; what comes back is one upstream 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,9 +54,10 @@ from vocab_parallel_fused.stats import (
     count_classes,
     dlogits_coefficients,
     merge_stats,
+    stacked,
     whole_stats,
 )
-from vocab_parallel_fused.transform import LogitTransform, Operands
+from vocab_parallel_fused.transform import LogitTransform, Operands, part_of
 
 LocalGrads = Callable[[Operands, GradBuffers, Arrival | None], None]
 """The step of the backward that computes a shard's gradients of all tokens."""
@@ -105,8 +106,8 @@ class Plan:
 
     def operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Operands:
         """All tokens' hidden states, and the shard's rows without padding."""
-        rows = self.shard.num_valid_rows
-        return Operands(hidden, weight[:rows], None if bias is None else bias[:rows], self.transform)
+        rows = slice(0, self.shard.num_valid_rows)
+        return Operands(hidden, part_of(weight, rows), None if bias is None else part_of(bias, rows), self.transform)
 
 
 class _GatheredStats(NamedTuple):
@@ -116,7 +117,7 @@ class _GatheredStats(NamedTuple):
     parts: PartStats
     sizes: Tensor | None  # as `gather_stats` returns them
     target_row: Tensor  # [T, K] rows of this shard, or numbers that are none
-    target_logit: Tensor  # [T, K] of this shard
+    target_logit: Tensor | None  # [T, K] of this shard; None: it holds all classes, in several parts
     cache: ExpCache | None
 
 
@@ -129,16 +130,22 @@ def _gathered_stats(
     wanted: Wanted,
     exp_cache_bytes: int,
     plan: Plan,
+    *,
+    one_part: bool = True,
 ) -> _GatheredStats:
-    shard = plan.shard
+    """The statistics of all ranks; of a single one, ``one_part`` says whether it is to merge all of its own."""
+    shard, several_ranks = plan.shard, rank_and_size(plan.group)[1] > 1
     target_row = shard.local_rows(target)
     with plan.gathering(hidden) as (full_hidden, arrival):
         head = plan.operands(full_hidden, weight, bias)
-        local, cache = plan.kernels.local_stats(head, target_row, class_weight, wanted, exp_cache_bytes, arrival)
+        local, cache = plan.kernels.local_stats(
+            head, target_row, class_weight, wanted, exp_cache_bytes, arrival, one_part=one_part or several_ranks
+        )
     if local.argmax is not None:
         local = local._replace(argmax=local.argmax + shard.start)
+    target_logit = local.target_logit[0] if len(local.target_logit) == 1 else None
     parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
-    return _GatheredStats(plan.to_save(hidden, full_hidden), parts, sizes, target_row, local.target_logit, cache)
+    return _GatheredStats(plan.to_save(hidden, full_hidden), parts, sizes, target_row, target_logit, cache)
 
 
 def _count(sizes: Tensor | None) -> Tensor | None:
@@ -218,11 +225,13 @@ class _CrossEntropyFunction(Function):
         del anchor  # see token_stats
         with _local_steps(hidden):
             hidden, parts, sizes, target_row, target_logit, cache = _gathered_stats(
-                hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
+                hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan, one_part=False
             )
             vocab_size = plan.shard.vocab_size
             of_tokens = plan.kernels.token_loss(parts, sizes, target, vocab_size, ignore_index, reduction)
-        loss, max_logit, sum_exp, owners, num_valid, covered, num_classes = of_tokens
+        loss, max_logit, sum_exp, whole_target_logit, owners, num_valid, covered, num_classes = of_tokens
+        if target_logit is None:
+            target_logit = whole_target_logit
         ctx.plan, ctx.ignore_index = plan, ignore_index
         ctx.set_materialize_grads(False)
         divisor = num_valid if reduction == "mean" else None
@@ -286,7 +295,7 @@ class _DivergenceFunction(Function):
             forward_kl = divergence == "forward_kl"
             heads = (teacher_head, student_head) if forward_kl else (student_head, teacher_head)
             symmetric = divergence == "jensen_shannon"
-            local = plan.kernels.local_joint_stats(*heads, cross=not symmetric)
+            local = stacked(plan.kernels.local_joint_stats(*heads, cross=not symmetric))
             shard = plan.shard
             parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
             whole, num_classes = merge_stats(parts), _count(sizes)
@@ -382,7 +391,9 @@ def _head_grads(
 @contextmanager
 def _local_steps(hidden: Tensor) -> Iterator[None]:
     """Kernels run on their tensors' device, whichever is current, and in the dtypes they are given."""
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    device_type = hidden.device.type
+    casts = torch.is_autocast_enabled(device_type)
+    with torch.cuda.device_of(hidden), torch.autocast(device_type, enabled=False) if casts else nullcontext():
         yield
 
 

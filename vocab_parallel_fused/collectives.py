@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from vocab_parallel_fused.arrival import Arrival
-from vocab_parallel_fused.stats import DIGIT, PartStats, measured_from, top_k_order
+from vocab_parallel_fused.stats import DIGIT, PartStats, measured_from, merge_stats, top_k_order
 
 Group = ProcessGroup | DeviceMesh | None
 """What users may pass as a group; None is a single rank, never the default world."""
@@ -60,23 +60,24 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 
 
 def gather_stats(
-    local: PartStats, num_rows: int, vocab_size: int, group: ProcessGroup | None, combine: str
+    parts: PartStats, num_rows: int, vocab_size: int, group: ProcessGroup | None, combine: str
 ) -> tuple[PartStats, Tensor | None]:
     """Statistics of disjoint parts that make up the whole vocabulary, stacked: the same bits on all ranks.
 
     Args:
-        local: of this rank's shard, ``argmax`` as global ids.
+        parts: those of this rank's shard, stacked, ``argmax`` as global ids.
         num_rows, vocab_size: how many classes the shard holds, and all shards should. They travel with the statistics,
             as two digits each.
         combine: see :class:`~vocab_parallel_fused.ComputeOptions`.
 
     Returns:
         The parts ``[P, *]``, one of each rank or one of all of them, and what :func:`~stats.count_classes` takes, the
-        same on all ranks; None for a single one.
+        same on all ranks; of a single rank its parts as they are, and None.
     """
     _, world_size = rank_and_size(group)
     if world_size == 1:
-        return PartStats._make(None if field is None else field[None] for field in local), None
+        return parts, None
+    local = merge_stats(parts)
     if combine == "all_gather":
         fields, sizes = _unpack(gather_stacked(_pack(local[:-1], num_rows, vocab_size), group), local[:-1])
         argmax = None if local.argmax is None else gather_stacked(local.argmax, group)

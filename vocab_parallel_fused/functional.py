@@ -143,11 +143,7 @@ def linear_cross_entropy(
     class_weight = resolve_class_weight(weight, head)
     weight_of_tokens = resolve_token_weight(token_weight, head)
     if weight is None and token_weight is None and label_smoothing == z_loss_weight == 0:
-        layer = (head.hidden, head.weight, head.bias)
-        loss, owners, covered, num_classes = cross_entropy_without_options(
-            *layer, labels, ignore_index, reduction, head.plan
-        )  # pyright: ignore[reportCallIssue]
-        check_cover(covered, owners, num_classes, labels, ignore_index, head.plan.shard)
+        loss = _loss_without_options(head, labels, ignore_index, reduction)
         return loss.view(target.shape) if reduction == "none" else loss
     stats = _token_stats(head, labels, ignore_index, Wanted(logit_sum=label_smoothing > 0), class_weight)
     loss = cross_entropy(
@@ -231,13 +227,16 @@ def linear_token_stats(
     else:
         labels = resolve_target(target, ignore_index, head, several=True)
         labels_shape = target.shape
-    valid = labels != ignore_index
     wanted = Wanted(expected_logit="entropy" in names, argmax=not names.isdisjoint({"argmax", "target_is_argmax"}))
+    values: dict[str, Tensor | None] = dict.fromkeys(LinearTokenStats._fields)
+    if names == {"log_prob"} and labels.shape[1] == 1:
+        # From 0, which leaves 0 where the target is ignored.
+        values["log_prob"] = (0 - _loss_without_options(head, labels, ignore_index, "none")).view(labels_shape)
+        return LinearTokenStats(**values)
     # A target's logit takes a product with its row; to compare its id takes nothing.
     num_logits = 0 if names.isdisjoint({"log_prob", "target_logit"}) else labels.shape[1]
     stats = _token_stats(head, labels[:, :num_logits], ignore_index, wanted)
-
-    values: dict[str, Tensor | None] = dict.fromkeys(LinearTokenStats._fields)
+    valid = labels != ignore_index
     if "log_prob" in names:
         values["log_prob"] = torch.where(valid, stats.target_logit - stats.lse[:, None], 0.0).view(labels_shape)
     if "target_logit" in names:
@@ -377,6 +376,16 @@ def _resolve_outputs(outputs: Collection[str] | None, *, has_target: bool) -> se
         if name not in available:
             raise ValueError(f"target must be given for the output {name!r}, got None")
     return set(outputs)
+
+
+def _loss_without_options(head: Head, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    """The cross-entropy ``[T]`` or ``[]`` for labels ``[T, 1]``."""
+    layer = (head.hidden, head.weight, head.bias)
+    loss, owners, covered, num_classes = cross_entropy_without_options(
+        *layer, labels, ignore_index, reduction, head.plan
+    )  # pyright: ignore[reportCallIssue]
+    check_cover(covered, owners, num_classes, labels, ignore_index, head.plan.shard)
+    return loss
 
 
 def _token_stats(

@@ -94,6 +94,7 @@ class TokenLoss(NamedTuple):
 
     max_logit: Tensor
     sum_exp: Tensor
+    target_logit: Tensor
     owners: Tensor
     """As in :class:`PartStats`, of the whole."""
 
@@ -197,6 +198,11 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
 def _finite(shift: Tensor) -> Tensor:
     """In an empty part, or one of −inf alone, nothing is left to shift."""
     return shift.masked_fill(shift == -torch.inf, 0.0)
+
+
+def stacked(part: PartStats) -> PartStats:
+    """One part as :func:`merge_stats` takes several."""
+    return PartStats._make(None if field is None else field[None] for field in part)
 
 
 def merge_stats(parts: PartStats) -> PartStats:
