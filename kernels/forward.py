@@ -63,8 +63,10 @@ _PARTIAL_BYTES = 6 * 2**20 + 2**19
 _TARGET_BLOCK_T = 64
 _LEAST_TOKENS_ASIDE = 512
 # What tiles leave partials of, by the kernels' names, and their argument with these.
-_REDUCED = ("max", "sum_exp", "target_logit", "owners", "class_sum", "logit_sum", "sum_exp_logit", "argmax")
-_PARTIALS = {name: f"partial_{name}_ptr" for name in _REDUCED}
+_PARTIALS = {
+    name: f"partial_{name}_ptr"
+    for name in ("max", "sum_exp", "target_logit", "owners", "class_sum", "logit_sum", "sum_exp_logit", "argmax")
+}
 _MERGE_LAUNCH: dict[str, Any] = {"BLOCK_T": 64, "BLOCK_P": 16}
 
 

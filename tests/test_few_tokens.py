@@ -80,7 +80,7 @@ def test_each_target_in_one_part(T: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("T", NUMBERS_OF_TOKENS)
 def test_logits_without_a_number(T: int, device: torch.device) -> None:
-    """Tiles that a bias masks, all of them for one token's worth of NaN, and a target that is masked."""
+    """Tiles that a bias masks, with a target among them, and a token whose logits are NaN."""
     V = 600
     head, target_row, _ = problem(T, V, device)
     assert head.bias is not None
