@@ -1,13 +1,16 @@
 """So few tokens that one tile has them all: each tile is a part of the vocabulary that holds its own targets."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
-from vocab_parallel_fused import ComputeOptions, linear_cross_entropy, linear_token_stats
+from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy, linear_token_stats
 from vocab_parallel_fused.kernels import eager
+from vocab_parallel_fused.options import Combine
 from vocab_parallel_fused.stats import PartStats, Wanted, merge_stats
+from vocab_parallel_fused.testing import full_logits_results, make_problem, run_on_ranks
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
 forward = pytest.importorskip("vocab_parallel_fused.kernels.forward")
@@ -154,6 +157,40 @@ def test_more_than_one_launch_takes(device: torch.device, monkeypatch: pytest.Mo
     for one_part in (True, False):
         parts, _ = forward.local_stats(odd, target_row, None, PLAIN, 0, None, one_part=one_part)
         assert_same(merge_stats(parts), expected)
+
+
+def few_tokens_on_rank(group: ProcessGroup, combine: Combine) -> None:
+    """The first rank holds 70 of the classes and the second 30; each merges its tiles before its numbers travel."""
+    everything = make_problem(16, H, 100)
+    start, stop = ((0, 70), (70, 100))[group.rank()]
+    shard = VocabShard(start, stop, 100)
+    assert everything.bias is not None
+    hidden, weight, bias = (
+        tensor.detach().clone().requires_grad_()
+        for tensor in (everything.hidden, everything.weight[start:stop], everything.bias[start:stop])
+    )
+    arguments: dict[str, Any] = {"linear_bias": bias, "group": group, "shard": shard}
+    arguments["options"] = ComputeOptions(impl="triton", combine=combine)
+    exact = full_logits_results(everything.to(torch.float64))
+    loss = linear_cross_entropy(hidden, weight, everything.target, reduction="none", **arguments)
+    torch.testing.assert_close(loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
+    loss.backward(everything.upstream)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), exact.dhidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), exact.dweight[start:stop], rtol=1e-4, atol=1e-5)
+    stats = linear_token_stats(hidden, weight, everything.target, outputs=["log_prob", "argmax"], **arguments)
+    assert stats.log_prob is not None
+    assert stats.argmax is not None
+    torch.testing.assert_close(stats.log_prob.double(), -exact.loss, rtol=1e-5, atol=1e-5)
+    logits = torch.nn.functional.linear(everything.hidden, everything.weight, everything.bias)
+    assert torch.equal(stats.argmax, logits.argmax(dim=1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these ranks compute on the CPU, where Triton is interpreted")
+@pytest.mark.parametrize("combine", get_args(Combine))
+def test_over_ranks(combine: Combine) -> None:
+    run_on_ranks(few_tokens_on_rank, 2, combine)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 700])
