@@ -22,6 +22,7 @@ from vocab_parallel_fused.kernels.plan import slices
 from vocab_parallel_fused.kernels.sweep import GradBuffers, sweep_grads
 from vocab_parallel_fused.stats import (
     DlogitsCoefficients,
+    MergedStats,
     PartStats,
     TokenLoss,
     Wanted,
@@ -31,6 +32,7 @@ from vocab_parallel_fused.stats import (
     merge_stats,
     stacked,
     top_k_order,
+    whole_stats,
 )
 from vocab_parallel_fused.transform import Operands
 
@@ -172,17 +174,40 @@ def local_grads(
     )
 
 
+def token_stats(
+    parts: PartStats, sizes: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int
+) -> MergedStats:
+    """The statistics of the whole vocabulary.
+
+    Args:
+        parts: of the whole vocabulary, stacked.
+        sizes: ``[N, 4]`` what ``stats.count_classes`` takes, or None.
+        target: ``[T, K]`` class ids.
+        vocab_size: how many classes there are.
+        ignore_index: targets that are left out.
+    """
+    whole = merge_stats(parts)
+    return MergedStats(whole, whole_stats(whole), *_cover(whole, sizes, target, vocab_size, ignore_index))
+
+
+def _cover(
+    whole: PartStats, sizes: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """``covered`` and ``num_classes`` as in ``MergedStats``."""
+    covered = ((whole.owners == 1) | (target == ignore_index)).all()
+    num_classes = None if sizes is None else count_classes(sizes)
+    if num_classes is not None:
+        covered &= num_classes == vocab_size
+    return covered, num_classes
+
+
 def token_loss(
     parts: PartStats, sizes: Tensor | None, target: Tensor, vocab_size: int, ignore_index: int, reduction: str
 ) -> TokenLoss:
     """The cross-entropy without any option, as ``cross_entropy.cross_entropy`` has it.
 
     Args:
-        parts: of the whole vocabulary, stacked, with one target of each token.
-        sizes: ``[N, 4]`` what ``stats.count_classes`` takes, or None.
-        target: ``[T, 1]`` class ids.
-        vocab_size: how many classes there are.
-        ignore_index: of tokens that are left out.
+        parts, sizes, target, vocab_size, ignore_index: as in :func:`token_stats`, with one target of each token.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``.
     """
     whole = merge_stats(parts)
@@ -190,13 +215,9 @@ def token_loss(
     differences = (whole.target_logit[:, 0] - whole.max_logit).clamp_(max=0)
     loss = torch.where(valid, whole.sum_exp.log() - differences, 0.0)
     num_valid = valid.sum().clamp_(min=1).to(loss.dtype)
-    covered = torch.where(valid, whole.owners[:, 0] == 1, True).all()
     if reduction != "none":
         loss = loss.sum() / num_valid if reduction == "mean" else loss.sum()
-    num_classes = None if sizes is None else count_classes(sizes)
-    if num_classes is not None:
-        covered &= num_classes == vocab_size
-    return TokenLoss(loss, *whole[:4], num_valid, covered, num_classes)
+    return TokenLoss(loss, *whole[:4], num_valid, *_cover(whole, sizes, target, vocab_size, ignore_index))
 
 
 def token_loss_grads(

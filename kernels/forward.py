@@ -539,7 +539,7 @@ def local_stats(
     tiles = _Tiles(arch, tile_config(arch, hidden.dtype, T), on_hopper)
     if arrival is None and exp_cache_bytes == 0 and _tiles_find_targets(head, target_row, tiles):
         parts = _parts_of_tiles(head, target_row, class_weight, wanted, tiles)
-        return _merged(parts) if one_part or wanted.argmax else parts, None
+        return _merged(parts) if one_part else parts, None
     # Not parts of one tensor, of which a cache would hold all.
     numbers = (hidden.new_empty(T, dtype=torch.float32) for _ in range(5))
     stats = PartStats(
@@ -572,7 +572,7 @@ def _tiles_find_targets(head: Operands, target_row: Tensor, tiles: _Tiles) -> bo
     most_partials = _PARTIAL_BYTES // (4 * len(PartStats._fields) * T)
     return (
         block_t >= T
-        and target_row.shape[1] == 1
+        and target_row.shape[1] <= 1
         and ceil_div(V, block_v) <= most_partials
         and rows_per_copy(head.weight) >= V
     )
@@ -594,14 +594,15 @@ def _parts_of_tiles(
     parts = PartStats(
         empty(),
         empty(),
-        empty(1),
-        empty(1),
+        empty(target_row.shape[1]),
+        empty(target_row.shape[1]),
         class_sum=empty() if wanted.logit_sum else None,
         logit_sum=empty() if wanted.logit_sum else None,
         sum_exp_logit=empty() if wanted.expected_logit else None,
         argmax=empty(dtype=torch.int32) if wanted.argmax else None,
     )
-    pointers = {"class_weight_ptr": class_weight, "target_row_ptr": target_row, **_partials(_by_name(parts))}
+    target_row_ptr = target_row if target_row.shape[1] == 1 else None
+    pointers = {"class_weight_ptr": class_weight, "target_row_ptr": target_row_ptr, **_partials(_by_name(parts))}
     tiles.launch(head._replace(hidden=aligned(hidden)), strip, None, T, pointers)
     return parts
 
@@ -620,12 +621,13 @@ def _merged(parts: PartStats) -> PartStats:
 
 
 def _by_name(stats: PartStats) -> dict[str, Tensor | None]:
-    """The statistics that tiles leave partials of, by the kernels' names."""
+    """The statistics that tiles leave partials of, by the kernels' names; of no targets, none."""
+    has_targets = stats.target_logit.shape[-1] > 0
     return {
         "max": stats.max_logit,
         "sum_exp": stats.sum_exp,
-        "target_logit": stats.target_logit,
-        "owners": stats.owners,
+        "target_logit": stats.target_logit if has_targets else None,
+        "owners": stats.owners if has_targets else None,
         "class_sum": stats.class_sum,
         "logit_sum": stats.logit_sum,
         "sum_exp_logit": stats.sum_exp_logit,

@@ -26,6 +26,7 @@ KERNELS = {
     "partial_stats_kernel",
     "merge_partials_kernel",
     "target_logit_kernel",
+    "token_stats_kernel",
     "token_loss_kernel",
     "token_loss_grads_kernel",
     "kept_scale_kernel",
@@ -119,18 +120,32 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             constants |= _absent([prefix + name for name in merged], [prefix + name for name in present])
         compiler.build(forward.merge_partials_kernel, TYPES, constants, {}, f"{first=}")
     token_types = TYPES | {
+        "part_argmax_ptr": "*i64",
         "target_ptr": "*i64",
         "covered_ptr": "*i32",
         "num_classes_ptr": "*i64",
         "counter_ptr": "*i32",
     }
+    # Everything of several ranks, and of few tokens on one an entropy without targets, then a log-probability too.
+    of_stats = [name.removesuffix("_ptr") for name in tokens.token_stats_kernel.arg_names if name.endswith("_ptr")]
+    always = {"part_max", "part_sum_exp", "max", "sum_exp", "lse", "covered"}
+    entropy = {*always, "part_sum_exp_logit", "sum_exp_logit", "expected_logit"}
+    log_prob = {"part_target_logit", "part_owners", "target", "target_logit", "owners", "difference"}
+    for num_tokens, present, more in (
+        (8192, of_stats, {}),
+        (128, entropy, _ONE_TARGET),
+        (1, entropy | log_prob, _ONE_TARGET),
+    ):
+        constants: dict[str, Any] = tokens.token_launch(num_tokens) | more | _absent(of_stats, present)
+        options = {"num_warps": constants.pop("num_warps")}
+        compiler.build(tokens.token_stats_kernel, token_types, constants, options, f"{num_tokens=}")
     one_rank, one_program = ("sizes_ptr", "num_classes_ptr"), ("sums_ptr", "counter_ptr")
     for num_tokens, absent in (
         (8192, ("loss_ptr",)),
         (1024, ("total_ptr", *one_rank, *one_program)),
         *((few, ("loss_ptr", *one_rank, *one_program)) for few in tokens._FEW_TOKENS),
     ):
-        constants: dict[str, Any] = tokens.loss_launch(num_tokens) | dict.fromkeys(absent)
+        constants = tokens.token_launch(num_tokens) | dict.fromkeys(absent)
         constants["MEAN"] = "loss_ptr" in absent
         options = {"num_warps": constants.pop("num_warps")}
         compiler.build(tokens.token_loss_kernel, token_types, constants, options, f"{num_tokens=}")

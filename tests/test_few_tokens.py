@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from vocab_parallel_fused import ComputeOptions, VocabShard, linear_cross_entropy, linear_token_stats
 from vocab_parallel_fused.kernels import eager
 from vocab_parallel_fused.options import Combine
-from vocab_parallel_fused.stats import PartStats, Wanted, merge_stats
+from vocab_parallel_fused.stats import PartStats, Wanted, merge_stats, whole_stats
 from vocab_parallel_fused.testing import full_logits_results, make_problem, run_on_ranks
 from vocab_parallel_fused.transform import LogitTransform, Operands
 
@@ -49,16 +49,22 @@ def assert_same(actual: PartStats, expected: PartStats, num_rows: int = 0) -> No
 @pytest.mark.parametrize("V", [1, 33, 256, 257])
 @pytest.mark.parametrize("T", NUMBERS_OF_TOKENS)
 def test_parts_of_a_shard(T: int, V: int, wanted: Wanted, device: torch.device) -> None:
-    """They merge into what the specification says of all rows, by torch or by the kernel."""
+    """They merge into what the specification says of all rows, by torch or by either kernel."""
     head, target_row, class_weight = problem(T, V, device, torch.bfloat16, LogitTransform(0.7, 9.0, 1.3))
-    arguments = (head, target_row, class_weight if wanted.logit_sum else None, wanted, 0, None)
-    expected = merge_stats(eager.local_stats(*arguments)[0])
-    several, cache = forward.local_stats(*arguments, one_part=False)
-    one, _ = forward.local_stats(*arguments)
-    assert cache is None
-    assert len(one.max_logit) == 1
-    assert_same(merge_stats(one), expected, V)
-    assert_same(merge_stats(several), expected, V)
+    for targets in (target_row, target_row[:, :0]):
+        arguments = (head, targets, class_weight if wanted.logit_sum else None, wanted, 0, None)
+        expected = merge_stats(eager.local_stats(*arguments)[0])
+        several, cache = forward.local_stats(*arguments, one_part=False)
+        one, _ = forward.local_stats(*arguments)
+        assert cache is None
+        assert len(one.max_logit) == 1
+        assert_same(merge_stats(one), expected, V)
+        stats = tokens.token_stats(several, None, targets, V, -100).stats
+        for mine, theirs in zip(stats, whole_stats(expected), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-5 + V * 1e-6)
+        if several.argmax is not None:
+            several = several._replace(argmax=several.argmax.long())
+        assert_same(merge_stats(several), expected, V)
 
 
 @pytest.mark.parametrize("T", NUMBERS_OF_TOKENS)
@@ -114,13 +120,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (forward, "_target_logits"),
         (forward, "_merge_partials"),
         (tokens, "_launch_loss"),
+        (tokens, "_launch_stats"),
     ):
         monkeypatch.setattr(owner, name, logged(name, getattr(owner, name)))
     return log
 
 
 def test_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain loss takes two; statistics take one to merge them; what keeps exponentials needs the targets first."""
+    """The loss takes two, and so do statistics; what keeps exponentials needs the targets first."""
     head, target_row, _ = problem(16, 304, device)
     target = target_row.clamp(0, 303)[:, 0]
     log = launches(monkeypatch)
@@ -131,9 +138,10 @@ def test_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
     linear_token_stats(head.hidden, head.weight, target, outputs=["log_prob"], options=options)
     assert log == ["launch", "_launch_loss"]
     log.clear()
-    linear_token_stats(head.hidden, head.weight, target, outputs=["log_prob", "entropy"], options=options)
-    assert log == ["launch", "_merge_partials"]
-    log.clear()
+    for outputs in (["log_prob", "entropy"], ["argmax"]):
+        linear_token_stats(head.hidden, head.weight, target, outputs=outputs, options=options)
+        assert log == ["launch", "_launch_stats"]
+        log.clear()
     keeping = ComputeOptions(impl="triton", exp_cache_bytes=2**20)
     linear_cross_entropy(head.hidden.requires_grad_(), head.weight, target, options=keeping)
     assert log == ["_target_logits", "launch", "_merge_partials", "_launch_loss"]

@@ -1,4 +1,4 @@
-"""The loss without options on [T] numbers: both implementations, on numbers that the op itself may never show them."""
+"""What is computed of [T] numbers: both implementations, on numbers that the op itself may never show them."""
 
 import pytest
 import torch
@@ -61,10 +61,74 @@ def test_implementations_agree(reduction: Reduction, num_parts: int, device: tor
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("num_parts", [1, 3, 40])
+@pytest.mark.parametrize("num_targets", [0, 1, 3])
+@pytest.mark.parametrize("num_tokens", [0, 7, 1500])
+def test_statistics_agree(num_tokens: int, num_targets: int, num_parts: int, device: torch.device) -> None:
+    """Of parts as a group's messages bring them. Some are empty, all of one token's, and another token holds a NaN."""
+    tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
+    generator = torch.Generator().manual_seed(num_tokens + num_targets + num_parts)
+    sizes = [num_tokens, num_tokens, num_tokens * num_targets, num_tokens * num_targets, *[num_tokens] * 3, 4]
+    messages = torch.randn(num_parts, sum(sizes), generator=generator)
+    max_logit, sum_exp, target_logit, owners, class_sum, logit_sum, sum_exp_logit, digits = messages.split(sizes, 1)
+    max_logit *= 10
+    sum_exp.exp_()
+    owner = torch.randint(num_parts, owners.shape[1:], generator=generator)
+    owners.zero_()[owner, torch.arange(owners.shape[1])] = 1
+    target_logit *= owners
+    argmax = torch.randint(2**40, (num_parts, num_tokens), generator=generator)
+    for part in range(1, num_parts):
+        max_logit[part, part::5] = -torch.inf
+    max_logit[1:, 4:5] = max_logit[:1, 4:5]  # the smallest of equal ones
+    max_logit[:, 2:3] = -torch.inf
+    for field in (sum_exp, class_sum, logit_sum, sum_exp_logit):
+        field[max_logit == -torch.inf] = 0
+    for field in (max_logit, sum_exp, logit_sum, sum_exp_logit):
+        field[-1, 3:4] = torch.nan
+    digits.copy_(torch.tensor([2**13, 5.0, num_parts * 2**13, num_parts * 5.0]))
+    target = torch.randint(100, (num_tokens, num_targets), generator=generator).to(device)
+    target[::11] = -100
+    messages = messages.to(device)
+    *fields, digits = messages.split(sizes, 1)
+    fields[2:4] = (field.unflatten(1, target.shape) for field in fields[2:4])
+    vocab_size = num_parts * (2**13 * DIGIT + 5)
+    for parts in (
+        PartStats(*fields, argmax=argmax.to(device)),
+        PartStats(*fields[:4], class_sum=None, logit_sum=None, sum_exp_logit=fields[6]),
+        PartStats(*fields[:4], argmax=(argmax % 2**20).to(device)),
+        PartStats(*fields[:4]),
+    ):
+        expected = eager.token_stats(parts, digits, target, vocab_size, -100)
+        actual = tokens.token_stats(parts, digits, target, vocab_size, -100)
+        assert actual.covered
+        assert expected.covered
+        assert actual.num_classes == expected.num_classes == vocab_size
+        found = {name: value for name, value in actual.whole._asdict().items() if value is not None}
+        wanted = {name: expected.whole._asdict()[name] for name in found} | expected.stats._asdict()
+        found |= actual.stats._asdict()
+        for name, theirs in wanted.items():
+            torch.testing.assert_close(
+                found[name],
+                theirs,
+                rtol=1e-5,
+                atol=1e-4 if name == "logit_sum" else 1e-5,
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+    if num_tokens > 1 and num_targets > 0:
+        parts.owners[0, 1, -1] += 1
+        for implementation in (eager, tokens):
+            assert not implementation.token_stats(parts, digits, target, vocab_size, -100).covered
+        target[1, -1] = -100
+        assert tokens.token_stats(parts, digits, target, vocab_size, -100).covered
+    for implementation in (eager, tokens):
+        assert not implementation.token_stats(parts, digits, target, vocab_size + 1, -100).covered
+
+
 def test_sums_of_many_programs(device: torch.device) -> None:
     """Whichever of them comes last: more than are added up at a time, and the same bits in every run."""
     tokens = pytest.importorskip("vocab_parallel_fused.kernels.tokens")
-    num_tokens = tokens._LOSS_LAUNCH["BLOCK_T"] * (tokens._BLOCK_SUMS.value + 2) - 3
+    num_tokens = tokens._LAUNCH["BLOCK_T"] * (tokens._BLOCK_SUMS.value + 2) - 3
     generator = torch.Generator().manual_seed(0)
     max_logit, sum_exp = torch.randn(num_tokens, generator=generator), torch.ones(num_tokens)
     target_logit = max_logit - torch.rand(num_tokens, generator=generator)

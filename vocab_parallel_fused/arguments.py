@@ -3,7 +3,6 @@
 What only the other ranks can tell, that the shards tile the vocabulary, is checked when their numbers have arrived.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -127,7 +126,7 @@ def resolve_target(target: Tensor, ignore_index: int, head: Head, *, several: bo
     if target.numel() >= 2**31:
         raise ValueError(f"target must have fewer than 2**31 entries, got {tuple(target.shape)}")
     target = target.reshape(math.prod(head.token_shape), 1 if one_each else target.shape[-1]).contiguous()
-    if head.vocab_size_is_known:  # otherwise all ranks look at it together, in `check_owners`
+    if head.vocab_size_is_known:  # otherwise all ranks look at it together, in `check_cover`
         check_target_range(target, ignore_index, head.plan.shard.vocab_size)
     return target
 
@@ -247,7 +246,7 @@ def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, w
             raise ValueError(
                 "linear_weight has no rows; pass shard= to say that this rank's part of the vocabulary is empty"
             )
-        return _equal_shard(rows, rank, world_size)
+        return VocabShard(rank * rows, (rank + 1) * rows, world_size * rows)
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}")
     if shard.num_rows != rows:
@@ -255,11 +254,6 @@ def _resolve_shard(shard: VocabShard | None, linear_weight: Tensor, rank: int, w
     if world_size == 1 and shard.num_valid_rows != shard.vocab_size:
         raise ValueError(f"shard must hold the whole vocabulary on a single rank, got {shard}; pass group= for several")
     return shard
-
-
-@functools.lru_cache(maxsize=64)
-def _equal_shard(rows: int, rank: int, world_size: int) -> VocabShard:
-    return VocabShard(rank * rows, (rank + 1) * rows, world_size * rows)
 
 
 def _main_grad(linear_weight: Tensor) -> Tensor:
@@ -278,7 +272,7 @@ def _main_grad(linear_weight: Tensor) -> Tensor:
 
 
 def check_target_range(target: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """On the CPU, reject ids outside the vocabulary. Elsewhere `check_owners` asserts."""
+    """On the CPU, reject ids outside the vocabulary. Elsewhere `check_cover` asserts."""
     if target.device.type == "cpu":
         outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
         if outside.any():
@@ -306,34 +300,22 @@ def check_shards(num_classes: Tensor | None, shard: VocabShard) -> None:
         )
 
 
-def check_owners(owners: Tensor, target: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Exactly one rank must have found each target among its rows, or it is no class id, or the shards do not tile the
-    vocabulary."""
-    good = (owners == 1) | (target == ignore_index)
-    if target.device.type != "cpu":
-        _assert_covered(good.all())
-    elif not good.all():
-        check_target_range(target, ignore_index, vocab_size)
-        position = int((~good).flatten().nonzero()[0])
-        raise ValueError(
-            f"shard must cover [0, vocab_size) exactly once over the group, but {int(owners.flatten()[position])} "
-            f"ranks hold target {int(target.flatten()[position])} (position {position} of the flattened target)"
-        )
-
-
 def check_cover(
     covered: Tensor, owners: Tensor, num_classes: Tensor | None, target: Tensor, ignore_index: int, shard: VocabShard
 ) -> None:
-    """:func:`check_shards` and :func:`check_owners`, of which ``covered`` knows the outcome: on the GPU one launch
-    asserts it, on the CPU they say what is wrong."""
+    """Exactly one rank must have found each target ``[T, K]`` among its rows, or it is no class id, or the shards do
+    not tile the vocabulary. ``covered`` knows the outcome: on the GPU one launch asserts it, on the CPU the others say
+    what is wrong."""
     if target.device.type != "cpu":
-        _assert_covered(covered)
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            covered, "a target is not in [0, vocab_size), or the shards do not cover that exactly once"
+        )
     elif not covered:
         check_shards(num_classes, shard)
-        check_owners(owners, target, ignore_index, shard.vocab_size)
-
-
-def _assert_covered(covered: Tensor) -> None:
-    torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-        covered, "a target is not in [0, vocab_size), or the shards do not cover that exactly once"
-    )
+        check_target_range(target, ignore_index, shard.vocab_size)
+        owners = owners.masked_fill(target == ignore_index, 1).flatten()
+        position = int((owners != 1).nonzero()[0])
+        raise ValueError(
+            f"shard must cover [0, vocab_size) exactly once over the group, but {int(owners[position])} ranks hold "
+            f"target {int(target.flatten()[position])} (position {position} of the flattened target)"
+        )

@@ -55,7 +55,6 @@ from vocab_parallel_fused.stats import (
     dlogits_coefficients,
     merge_stats,
     stacked,
-    whole_stats,
 )
 from vocab_parallel_fused.transform import LogitTransform, Operands, part_of
 
@@ -130,26 +129,20 @@ def _gathered_stats(
     wanted: Wanted,
     exp_cache_bytes: int,
     plan: Plan,
-    *,
-    one_part: bool = True,
 ) -> _GatheredStats:
-    """The statistics of all ranks; of a single one, ``one_part`` says whether it is to merge all of its own."""
+    """The statistics of all ranks, one part of each; a single one's may be several."""
     shard, several_ranks = plan.shard, rank_and_size(plan.group)[1] > 1
     target_row = shard.local_rows(target)
     with plan.gathering(hidden) as (full_hidden, arrival):
         head = plan.operands(full_hidden, weight, bias)
         local, cache = plan.kernels.local_stats(
-            head, target_row, class_weight, wanted, exp_cache_bytes, arrival, one_part=one_part or several_ranks
+            head, target_row, class_weight, wanted, exp_cache_bytes, arrival, one_part=several_ranks
         )
     if local.argmax is not None:
         local = local._replace(argmax=local.argmax + shard.start)
     target_logit = local.target_logit[0] if len(local.target_logit) == 1 else None
     parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
     return _GatheredStats(plan.to_save(hidden, full_hidden), parts, sizes, target_row, target_logit, cache)
-
-
-def _count(sizes: Tensor | None) -> Tensor | None:
-    return None if sizes is None else count_classes(sizes)
 
 
 class _TokenStatsFunction(Function):
@@ -162,6 +155,7 @@ class _TokenStatsFunction(Function):
         target: Tensor,
         class_weight: Tensor | None,
         wanted: Wanted,
+        ignore_index: int,
         exp_cache_bytes: int,
         plan: Plan,
         anchor: Tensor | None,
@@ -171,8 +165,10 @@ class _TokenStatsFunction(Function):
             hidden, parts, sizes, target_row, target_logit, cache = _gathered_stats(
                 hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan
             )
-        whole, num_classes = merge_stats(parts), _count(sizes)
-        stats = whole_stats(whole)
+            merged = plan.kernels.token_stats(parts, sizes, target, plan.shard.vocab_size, ignore_index)
+        whole, stats, covered, num_classes = merged
+        if target_logit is None:
+            target_logit = whole.target_logit
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         of_whole = (whole.max_logit, whole.sum_exp, whole.sum_exp_logit)
@@ -181,9 +177,9 @@ class _TokenStatsFunction(Function):
         of_tokens = (target, target_row, target_logit)
         ctx.save_for_backward(hidden, weight, bias, *of_tokens, class_weight, *of_whole, *(cache or ()))
         ctx.mark_non_differentiable(
-            *(t for t in (stats.max_logit, stats.argmax, whole.owners, num_classes) if t is not None)
+            *(t for t in (stats.max_logit, stats.argmax, whole.owners, covered, num_classes) if t is not None)
         )
-        return *stats, whole.owners, num_classes
+        return *stats, whole.owners, covered, num_classes
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -203,7 +199,7 @@ class _TokenStatsFunction(Function):
             sum_exp, sum_exp_logit, grad_lse, grad_target_logit, grad_logit_sum, grad_expected_logit
         )
         local_grads = _local_grads(ctx.plan, target_row, target_logit, class_weight, max_logit, coefficients, kept)
-        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, ctx.plan, local_grads), *[None] * 6
+        return *_head_grads(ctx.needs_input_grad, hidden, weight, bias, ctx.plan, local_grads), *[None] * 7
 
 
 class _CrossEntropyFunction(Function):
@@ -225,7 +221,7 @@ class _CrossEntropyFunction(Function):
         del anchor  # see token_stats
         with _local_steps(hidden):
             hidden, parts, sizes, target_row, target_logit, cache = _gathered_stats(
-                hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan, one_part=False
+                hidden, weight, bias, target, None, Wanted(), exp_cache_bytes, plan
             )
             vocab_size = plan.shard.vocab_size
             of_tokens = plan.kernels.token_loss(parts, sizes, target, vocab_size, ignore_index, reduction)
@@ -298,7 +294,7 @@ class _DivergenceFunction(Function):
             local = stacked(plan.kernels.local_joint_stats(*heads, cross=not symmetric))
             shard = plan.shard
             parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
-            whole, num_classes = merge_stats(parts), _count(sizes)
+            whole, num_classes = merge_stats(parts), None if sizes is None else count_classes(sizes)
             max_logit, log_sum_exp = whole.max_logit, whole.sum_exp.log()
             if symmetric:
                 sums = plan.kernels.local_js_sums(*heads, max_logit, log_sum_exp)
@@ -412,19 +408,20 @@ def token_stats(
     target: Tensor,
     class_weight: Tensor | None,
     wanted: Wanted,
+    ignore_index: int,
     plan: Plan,
-) -> tuple[TokenStats, Tensor, Tensor | None]:
-    """Differentiable statistics of the whole vocabulary for every token, how many ranks hold each target ``[T, K]``,
-    and how many classes the ranks hold together.
+) -> tuple[TokenStats, Tensor, Tensor, Tensor | None]:
+    """Differentiable statistics of the whole vocabulary for every token; how many ranks hold each target ``[T, K]``,
+    whether they cover all classes once, and how many they hold.
 
     With more than one rank, the result requires a gradient whenever gradients are enabled, even if nothing here does:
     a rank with frozen inputs must still take part in the backward's collectives, which the other ranks enter.
     """
     exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
-    *stats, owners, num_classes = _TokenStatsFunction.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, weight, bias, target, class_weight, wanted, exp_cache_bytes, plan, _anchor(hidden, plan)
-    )
-    return TokenStats(*stats), owners, num_classes
+    of_tokens = (target, class_weight, wanted, ignore_index)
+    inputs = (hidden, weight, bias, *of_tokens, exp_cache_bytes, plan, _anchor(hidden, plan))
+    *stats, owners, covered, num_classes = _TokenStatsFunction.apply(*inputs)  # pyright: ignore[reportGeneralTypeIssues]
+    return TokenStats(*stats), owners, covered, num_classes
 
 
 @torch.compiler.disable
@@ -437,8 +434,8 @@ def cross_entropy_without_options(
     reduction: str,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The cross-entropy ``[T]`` or ``[]`` of targets ``[T, 1]``; the owners ``[T, 1]`` of each, whether the ranks cover
-    all classes once, and how many they hold. The loss requires a gradient as :func:`token_stats` do."""
+    """The cross-entropy ``[T]`` or ``[]`` of targets ``[T, 1]``, and what :func:`token_stats` returns with its own. The
+    loss requires a gradient as those do."""
     exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
     inputs = (hidden, weight, bias, target, ignore_index, reduction, exp_cache_bytes, plan, _anchor(hidden, plan))
     return _CrossEntropyFunction.apply(*inputs)  # pyright: ignore[reportReturnType]

@@ -10,7 +10,7 @@ from torch import Tensor
 from vocab_parallel_fused.exp_cache import ExpCache
 from vocab_parallel_fused.kernels import eager
 from vocab_parallel_fused.options import Impl
-from vocab_parallel_fused.stats import DlogitsCoefficients, PartStats, TokenLoss
+from vocab_parallel_fused.stats import DlogitsCoefficients, MergedStats, PartStats, TokenLoss
 
 
 class Kernels(NamedTuple):
@@ -18,6 +18,7 @@ class Kernels(NamedTuple):
 
     local_stats: Callable[..., tuple[PartStats, ExpCache | None]]
     local_grads: Callable[..., None]
+    token_stats: Callable[..., MergedStats]
     token_loss: Callable[..., TokenLoss]
     token_loss_grads: Callable[..., DlogitsCoefficients]
     local_top_k: Callable[..., tuple[Tensor, Tensor]]
@@ -58,6 +59,7 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     return Kernels(
         forward.local_stats,
         backward.local_grads,
+        tokens.token_stats,
         tokens.token_loss,
         tokens.token_loss_grads,
         selection.local_top_k,

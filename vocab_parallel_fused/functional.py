@@ -12,7 +12,6 @@ from vocab_parallel_fused.arguments import (
     Head,
     LinearArguments,
     check_cover,
-    check_owners,
     check_shards,
     resolve_class_weight,
     resolve_head,
@@ -395,8 +394,7 @@ def _token_stats(
     shard = head.plan.shard
     if class_weight is not None:
         class_weight = class_weight[shard.start : shard.start + shard.num_valid_rows] if wanted.logit_sum else None
-    inputs = (head.hidden, head.weight, head.bias, labels, class_weight)
-    stats, owners, num_classes = token_stats(*inputs, wanted, head.plan)  # pyright: ignore[reportCallIssue]
-    check_shards(num_classes, shard)
-    check_owners(owners, labels, ignore_index, shard.vocab_size)
+    inputs = (head.hidden, head.weight, head.bias, labels, class_weight, wanted, ignore_index)
+    stats, owners, covered, num_classes = token_stats(*inputs, head.plan)  # pyright: ignore[reportCallIssue]
+    check_cover(covered, owners, num_classes, labels, ignore_index, shard)
     return stats

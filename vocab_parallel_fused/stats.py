@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Larger than any id, also when the start of a shard is added to it.
-_NO_CLASS = 2**62
+NO_CLASS = 2**62
 # fp32 counts to 2²⁴, so numbers of classes travel as two digits in this base.
 DIGIT = 2**12
 
@@ -56,7 +56,7 @@ class PartStats(NamedTuple):
     ``Σ_j exp(u_aj) (u_aj − u_bj)`` with ``u_j = z_j − m``."""
 
     argmax: Tensor | None = None
-    """[T] int64 the class of the largest logit, the smallest of several."""
+    """[T] int64, int32 of a shard's several parts, the class of the largest logit, the smallest of several."""
 
 
 class TokenStats(NamedTuple):
@@ -86,6 +86,21 @@ class TokenStats(NamedTuple):
     """[T] int64, no gradient; −1 where the logits hold a NaN or +∞."""
 
 
+class MergedStats(NamedTuple):
+    """What parts that make up the whole vocabulary say."""
+
+    whole: PartStats
+    """``class_sum`` and ``argmax``, of which nobody needs more than is in ``stats``, may be None."""
+
+    stats: TokenStats
+
+    covered: Tensor
+    """One number: whether each valid target has exactly one owner, and the parts hold the classes that all expect."""
+
+    num_classes: Tensor | None
+    """[] what :func:`count_classes` finds; None: nothing was said."""
+
+
 class TokenLoss(NamedTuple):
     """The plain cross-entropy, and what else is read off the parts that make up the whole vocabulary."""
 
@@ -102,10 +117,8 @@ class TokenLoss(NamedTuple):
     """[] how many tokens are not ignored, in the dtype of the loss; 1 if none is, so that it can divide."""
 
     covered: Tensor
-    """[] whether each of their targets has exactly one owner, and the parts hold the classes that all expect."""
-
     num_classes: Tensor | None
-    """[] what :func:`count_classes` finds; None: nothing was said."""
+    """As in :class:`MergedStats`."""
 
 
 class DlogitsCoefficients(NamedTuple):
@@ -150,7 +163,7 @@ def empty_stats(target_row: Tensor, dtype: torch.dtype, wanted: Wanted) -> PartS
         class_sum=zero.clone() if wanted.logit_sum else None,
         logit_sum=zero.clone() if wanted.logit_sum else None,
         sum_exp_logit=zero.clone() if wanted.expected_logit else None,
-        argmax=torch.full_like(zero, _NO_CLASS, dtype=torch.int64) if wanted.argmax else None,
+        argmax=torch.full_like(zero, NO_CLASS, dtype=torch.int64) if wanted.argmax else None,
     )
 
 
@@ -184,7 +197,7 @@ def measured_from(part: PartStats, max_logit: Tensor) -> PartStats:
         cross = torch.where(scale_a * sum_exp_a > 0, scale_a * (cross + sum_exp_a * (shift_a - shift_b)), 0.0)
     argmax = part.argmax
     if argmax is not None:
-        argmax = torch.where(part.max_logit == max_logit, argmax, _NO_CLASS)
+        argmax = torch.where(part.max_logit == max_logit, argmax, NO_CLASS)
     return part._replace(
         max_logit=max_logit,
         sum_exp=sum_exp,
@@ -270,6 +283,6 @@ def top_k_order(logit: Tensor, index: Tensor, k: int) -> Tensor:
     A class below 0 stands for no class, and comes last.
     """
     # Two stable sorts: by the class, then by what matters more.
-    by_class = index.masked_fill(index < 0, _NO_CLASS).argsort(dim=1, stable=True)
+    by_class = index.masked_fill(index < 0, NO_CLASS).argsort(dim=1, stable=True)
     by_logit = logit.gather(1, by_class).argsort(dim=1, descending=True, stable=True)
     return by_class.gather(1, by_logit[:, :k])
