@@ -25,6 +25,7 @@ from vocab_parallel_fused.kernels.configs import TileConfig, tile_config
 from vocab_parallel_fused.kernels.hopper import new_counters
 from vocab_parallel_fused.kernels.hopper_matmul import matmul_beside
 from vocab_parallel_fused.kernels.kept import kept_dlogits, rewrite_product, rewrite_rows, scale_rows, scaled_matmul
+from vocab_parallel_fused.kernels.launcher import Launcher
 from vocab_parallel_fused.kernels.plan import ceil_div, slices
 from vocab_parallel_fused.kernels.streams import Fork, in_order_of_arrival
 from vocab_parallel_fused.kernels.sweep import GradBuffers, KeptDlogits, scale_into_fp16, sweep_grads
@@ -47,9 +48,16 @@ from vocab_parallel_fused.stats import DlogitsCoefficients
 from vocab_parallel_fused.transform import Operands, part_of
 
 _TARGET_LAUNCH: dict[str, Any] = {"BLOCK_N": 128}
+# A number for each token or target, but for the class weights, of which a few are read.
+_OF_TARGETS = ["target_row", "target_logit", "class_weight", "max", "level", "slope", "grad_logit_sum"]
+_OF_TARGETS += ["grad_target_logit", "scale"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "inner", "outer"],
+    # A number for each token.
+    do_not_specialize_on_alignment=["max_ptr", "level_ptr", "slope_ptr", "grad_logit_sum_ptr"],
+)
 def dlogits_kernel(
     hidden,  # [T, H] descriptor or pointer
     weight,  # [V, H] descriptor or pointer
@@ -133,7 +141,13 @@ def dlogits_kernel(
     )
 
 
-@triton.jit
+_launch_dlogits = Launcher(dlogits_kernel)
+
+
+@triton.jit(
+    do_not_specialize=["T", "V", "first_row", "stride_dlogits_t", "inner", "outer"],
+    do_not_specialize_on_alignment=[f"{name}_ptr" for name in _OF_TARGETS],
+)
 def target_dlogits_kernel(
     target_row_ptr,  # [T, K] int64, out of any block's rows: not in this shard
     target_logit_ptr,  # [T, K]
@@ -183,6 +197,9 @@ def target_dlogits_kernel(
         dlogit.to(dlogits_ptr.dtype.element_ty),
         mask=owned,
     )
+
+
+_launch_targets = Launcher(target_dlogits_kernel)
 
 
 @triton.jit
@@ -246,7 +263,7 @@ class _LogitGrads:
 
     def _write_tiles(self, head: Operands, tokens: slice, rows: slice, out: Tensor, *, leave_room: bool) -> None:
         level, slope, grad_logit_sum, _ = self.coefficients.of(tokens)
-        of_tokens = {"max_ptr": self.max_logit[tokens], "level_ptr": level, "slope_ptr": slope}
+        of_tokens = {"max_ptr": part_of(self.max_logit, tokens), "level_ptr": level, "slope_ptr": slope}
         for part in slices(rows.stop, rows_per_copy(head.weight), rows.start):
             block = head.block(slice(None), part)
             block = block._replace(weight=aligned(block.weight))
@@ -256,14 +273,16 @@ class _LogitGrads:
                 hopper_tiles.launch_tiles(block, out_part, counter, leave_room=leave_room, **of_tokens)
             else:
                 tiles_t = ceil_div(out_part.shape[0], self.tile.block_t)
-                dlogits_kernel[(tiles_t * ceil_div(out_part.shape[1], self.tile.block_v),)](
-                    class_weight_ptr=None if self.class_weight is None else self.class_weight[part],
-                    grad_logit_sum_ptr=grad_logit_sum,
-                    dlogits_ptr=out_part,
-                    stride_dlogits_t=out.stride(0),
+                arguments = {
+                    "class_weight_ptr": None if self.class_weight is None else self.class_weight[part],
+                    "grad_logit_sum_ptr": grad_logit_sum,
+                    "dlogits_ptr": out_part,
+                    "stride_dlogits_t": out.stride(0),
                     **of_tokens,
                     **operand_kwargs(block, self.arch, self.tile),
-                )
+                }
+                num_tiles = tiles_t * ceil_div(out_part.shape[1], self.tile.block_v)
+                _launch_dlogits(num_tiles, out.device, arguments)
 
     def write_targets(self, tokens: slice, first_row: int, out: Tensor, scale: Tensor | None = None) -> None:
         """Overwrite the targets' entries, over ``scale`` ``[tokens]``."""
@@ -271,25 +290,27 @@ class _LogitGrads:
         if num_targets == 0:
             return
         level, slope, grad_logit_sum, grad_target_logit = self.coefficients.of(tokens)
-        target_dlogits_kernel[(ceil_div(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"]),)](
-            target_row_ptr=self.target_row[tokens],
-            target_logit_ptr=self.target_logit[tokens],
-            class_weight_ptr=self.class_weight,
-            max_ptr=self.max_logit[tokens],
-            level_ptr=level,
-            slope_ptr=slope,
-            grad_logit_sum_ptr=grad_logit_sum,
-            grad_target_logit_ptr=grad_target_logit,
-            scale_ptr=scale,
-            dlogits_ptr=out,
-            T=out.shape[0],
-            V=out.shape[1],
-            K=num_targets,
-            first_row=first_row,
-            stride_dlogits_t=out.stride(0),
+        arguments = {
+            "target_row_ptr": part_of(self.target_row, tokens),
+            "target_logit_ptr": part_of(self.target_logit, tokens),
+            "class_weight_ptr": self.class_weight,
+            "max_ptr": part_of(self.max_logit, tokens),
+            "level_ptr": level,
+            "slope_ptr": slope,
+            "grad_logit_sum_ptr": grad_logit_sum,
+            "grad_target_logit_ptr": grad_target_logit,
+            "scale_ptr": scale,
+            "dlogits_ptr": out,
+            "T": out.shape[0],
+            "V": out.shape[1],
+            "K": num_targets,
+            "first_row": first_row,
+            "stride_dlogits_t": out.stride(0),
             **transform_kwargs(self.head.transform),
             **_TARGET_LAUNCH,
-        )
+        }
+        num_programs = ceil_div(out.shape[0] * num_targets, _TARGET_LAUNCH["BLOCK_N"])
+        _launch_targets(num_programs, out.device, arguments)
 
     def of_kept(self, cache: ExpCache, arrival: Arrival | None) -> KeptDlogits:
         """Of the rows whose exponentials were kept. Tokens whose are out of range are computed anew, by ``complete`` if

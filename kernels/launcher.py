@@ -34,7 +34,7 @@ class Launcher:
         if INTERPRETED:
             self._kernel[(programs,)](**arguments)
             return
-        options = arguments["num_warps"], arguments.get("num_stages")
+        options = arguments.get("num_warps"), arguments.get("num_stages")
         optional = [arguments[name] is None for name in self._optional]
         special = [value if type(value) in _PLAIN else _kind(value) for value in map(arguments.get, self._special)]
         key = (device, *options, *optional, *special)

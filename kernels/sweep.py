@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.plan import Group, Walk, plan_groups, slices
-from vocab_parallel_fused.transform import Operands
+from vocab_parallel_fused.transform import Operands, part_of
 
 # GEMMs whose inner or outer dimension is no multiple of this leave the fast path: it would be two times slower.
 _GEMM_ROWS = 8
@@ -223,7 +223,7 @@ class _Sweep:
             for tokens in slices(tokens_of_group.stop, group.block_t, tokens_of_group.start):
                 dlogits = workspace[: tokens.stop - tokens.start, : rows.stop - rows.start]
                 self.write_dlogits(tokens, rows, dlogits)
-                dhidden_sum.add(tokens, dlogits, weight[rows], first=rows is row_blocks[0] and kept is None)
+                dhidden_sum.add(tokens, dlogits, part_of(weight, rows), first=rows is row_blocks[0] and kept is None)
                 if tokens.stop == tokens_of_group.stop and rows is row_blocks[-1]:
                     dhidden_sum.finish(self.unscale)
                     if is_last and self.sums.dhidden_ready is not None:
@@ -231,7 +231,7 @@ class _Sweep:
                         matmul = self.matmul_beside
                 adds_to_grad = self.sums.accumulate_dweight and dweight_sum.in_place
                 first = is_first and tokens.start == tokens_of_group.start and not adds_to_grad
-                dweight_sum.add(rows, dlogits.t(), hidden[tokens], first=first, matmul=matmul)
+                dweight_sum.add(rows, dlogits.t(), part_of(hidden, tokens), first=first, matmul=matmul)
                 if self.sums.dbias is not None:
                     self.sums.dbias[rows] += dlogits.sum(dim=0, dtype=self.sums.dbias.dtype)
             dweight_sum.finish(self.unscale, accumulate=self.sums.accumulate_dweight)
@@ -259,14 +259,19 @@ class _Sweep:
         """Whether dhidden itself takes the group's sum, or needs none."""
         return self.dhidden_takes_sums or (self.dhidden_takes_product and len(self._row_blocks(group)) == 1)
 
-    def _row_blocks(self, group: Group) -> list[slice]:
-        """A full block comes last, so that its product for dweight hides dhidden's message; a second one, if there is,
-        first, where it hides the arrival of hidden states. What is left over is between them."""
-        V, num_kept = self.head.weight.shape[0], 0 if self.kept is None else self.kept.values.shape[1]
-        aligned = max(num_kept, V - V % _GEMM_ROWS)
-        wide = [*slices(aligned, group.block_v, num_kept)]
-        wide[-2:] = reversed(wide[-2:])
-        return [*wide[:-1], *slices(V, _GEMM_ROWS, aligned), *wide[-1:]]
+    def _row_blocks(self, group: Group) -> tuple[slice, ...]:
+        num_kept = 0 if self.kept is None else self.kept.values.shape[1]
+        return _row_blocks(num_kept, self.head.weight.shape[0], group.block_v)
+
+
+@functools.lru_cache
+def _row_blocks(first: int, V: int, block_v: int) -> tuple[slice, ...]:
+    """Rows ``[first, V)``. A full block comes last, so that its product for dweight hides dhidden's message; a second
+    one, if there is, first, where it hides the arrival of hidden states. What is left over is between them."""
+    aligned = max(first, V - V % _GEMM_ROWS)
+    wide = [*slices(aligned, block_v, first)]
+    wide[-2:] = reversed(wide[-2:])
+    return *wide[:-1], *slices(V, _GEMM_ROWS, aligned), *wide[-1:]
 
 
 class _Sum:
@@ -280,13 +285,13 @@ class _Sum:
             memory: of as many rows or more; None: the gradient's.
         """
         self.first_row = rows.start
-        self.grad = None if grad is None else grad[rows]
+        self.grad = None if grad is None else part_of(grad, rows)
         self.in_place = memory is None
         self.total = self.grad if memory is None or self.grad is None else memory[: len(self.grad)]
 
     def add(self, rows: slice, a: Tensor, b: Tensor, *, first: bool, matmul: Matmul | None = None) -> None:
         if self.total is not None:
-            total = self.total[rows.start - self.first_row : rows.stop - self.first_row]
+            total = part_of(self.total, slice(rows.start - self.first_row, rows.stop - self.first_row))
             _add_product(total, a, b, first=first, matmul=matmul)
 
     def finish(self, unscale: Tensor | None, *, accumulate: bool = False) -> None:

@@ -46,6 +46,7 @@ _MERGED += ["covered_ptr", "num_classes_ptr"]
 _OF_LOSS = ["loss_ptr", "total_ptr", "num_valid_ptr", "sums_ptr", "counter_ptr"]
 _OF_STATS = [f"{part}{name}_ptr" for name in ("logit_sum", "sum_exp_logit") for part in ("", "part_")]
 _OF_STATS += ["part_class_sum_ptr", "lse_ptr", "difference_ptr", "expected_logit_ptr", "argmax_ptr"]
+_OF_GRADS = [f"{name}_ptr" for name in ("grad", "sum_exp", "target", "num_valid", "level", "grad_target_logit")]
 _DO_NOT_SPECIALIZE = ["P", "T", "stride_part", "N", "stride_sizes"]
 
 
@@ -330,7 +331,7 @@ def _sum_of_programs(ptr, num_programs):
     return tl.sum(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=_OF_GRADS)
 def token_loss_grads_kernel(
     grad_ptr,  # [T], or [] with stride 0
     sum_exp_ptr,  # [T]
@@ -352,6 +353,9 @@ def token_loss_grads_kernel(
     sum_exp = tl.load(sum_exp_ptr + offs_t, mask=valid, other=1.0)
     tl.store(level_ptr + offs_t, tl.div_rn(grad, sum_exp), mask=mask_t)
     tl.store(grad_target_logit_ptr + offs_t, -grad, mask=mask_t)
+
+
+_launch_grads = Launcher(token_loss_grads_kernel)
 
 
 def token_stats(
@@ -478,16 +482,17 @@ def token_loss_grads(
     """As ``eager.token_loss_grads``."""
     T = target.shape[0]
     level, grad_target_logit = torch.empty_like(sum_exp), torch.empty_like(target, dtype=sum_exp.dtype)
-    token_loss_grads_kernel[(-(-T // _GRADS_LAUNCH["BLOCK_T"]),)](
-        grad,
-        sum_exp,
-        target,
-        num_valid,
-        level,
-        grad_target_logit,
-        T,
-        ignore_index,
-        grad.stride(0) if grad.ndim > 0 else 0,
+    arguments = {
+        "grad_ptr": grad,
+        "sum_exp_ptr": sum_exp,
+        "target_ptr": target,
+        "num_valid_ptr": num_valid,
+        "level_ptr": level,
+        "grad_target_logit_ptr": grad_target_logit,
+        "T": T,
+        "ignore_index": ignore_index,
+        "stride_grad_t": grad.stride(0) if grad.ndim > 0 else 0,
         **_GRADS_LAUNCH,
-    )
+    }
+    _launch_grads(-(-T // _GRADS_LAUNCH["BLOCK_T"]), target.device, arguments)
     return DlogitsCoefficients(level, None, None, grad_target_logit)

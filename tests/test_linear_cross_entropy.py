@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
-from vocab_parallel_fused import ComputeOptions, linear_cross_entropy
+from vocab_parallel_fused import ComputeOptions, linear_cross_entropy, linear_distillation, linear_token_stats
 from vocab_parallel_fused.functional import Reduction
 from vocab_parallel_fused.options import Impl
 from vocab_parallel_fused.testing import (
@@ -505,6 +506,39 @@ def test_a_second_derivative_is_refused() -> None:
     loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
     with pytest.raises(RuntimeError, match="a fused loss has no second derivative"):
         torch.autograd.grad(loss, problem.hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("look", [torch.no_grad, torch.inference_mode])
+def test_without_a_graph(look: Callable[[], Any], impl: Impl, device: torch.device) -> None:
+    """The same bits, and nothing is kept."""
+    problem = make_problem(50, 16, 131, device=device)
+    options = ComputeOptions(impl=impl, exp_cache_bytes=2**20)
+    head = (problem.hidden, problem.weight)
+
+    def results() -> list[torch.Tensor]:
+        loss = linear_cross_entropy(*head, problem.target, options=options)
+        smoothed = linear_cross_entropy(*head, problem.target, label_smoothing=0.1, options=options)
+        stats = linear_token_stats(*head, problem.target, options=options)
+        divergence = linear_distillation(*head, problem.hidden.detach() + 1, problem.weight, options=options)
+        return [loss, smoothed, *(value for value in stats if value is not None), divergence]
+
+    expected = results()
+    with look():
+        actual = results()
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(mine, theirs)
+        assert not mine.requires_grad
+        assert mine.grad_fn is None
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_a_tangent_is_refused(with_graph: bool) -> None:
+    """Forward-mode differentiation does not see what kernels compute, and no_grad does not end it."""
+    problem = make_problem(6, 5, 11)
+    with torch.set_grad_enabled(with_graph), forward_ad.dual_level():
+        hidden = forward_ad.make_dual(problem.hidden.detach(), torch.ones_like(problem.hidden))
+        with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
+            linear_cross_entropy(hidden, problem.weight, problem.target)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.1, 0.5])

@@ -21,13 +21,13 @@ Any loss is ordinary PyTorch on the statistics; what comes back is one upstream 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.distributed import ProcessGroup
 
 from vocab_parallel_fused.arrival import Arrival
@@ -384,12 +384,15 @@ def _head_grads(
     return dhidden if needs_hidden else None, dweight if plan.main_grad is None else None, dbias
 
 
-@contextmanager
-def _local_steps(hidden: Tensor) -> Iterator[None]:
+def _local_steps(hidden: Tensor) -> AbstractContextManager[Any]:
     """Kernels run on their tensors' device, whichever is current, and in the dtypes they are given."""
-    device_type = hidden.device.type
-    casts = torch.is_autocast_enabled(device_type)
-    with torch.cuda.device_of(hidden), torch.autocast(device_type, enabled=False) if casts else nullcontext():
+    on_device = torch.cuda.device_of(hidden)
+    return _without_autocast(on_device, hidden) if torch.is_autocast_enabled(hidden.device.type) else on_device
+
+
+@contextmanager
+def _without_autocast(context: AbstractContextManager[Any], hidden: Tensor) -> Iterator[None]:
+    with context, torch.autocast(hidden.device.type, enabled=False):
         yield
 
 
@@ -420,7 +423,7 @@ def token_stats(
     exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
     of_tokens = (target, class_weight, wanted, ignore_index)
     inputs = (hidden, weight, bias, *of_tokens, exp_cache_bytes, plan, _anchor(hidden, plan))
-    *stats, owners, covered, num_classes = _TokenStatsFunction.apply(*inputs)  # pyright: ignore[reportGeneralTypeIssues]
+    *stats, owners, covered, num_classes = _apply(_TokenStatsFunction, *inputs)
     return TokenStats(*stats), owners, covered, num_classes
 
 
@@ -438,7 +441,7 @@ def cross_entropy_without_options(
     loss requires a gradient as those do."""
     exp_cache_bytes = plan.exp_cache_bytes if torch.is_grad_enabled() else 0
     inputs = (hidden, weight, bias, target, ignore_index, reduction, exp_cache_bytes, plan, _anchor(hidden, plan))
-    return _CrossEntropyFunction.apply(*inputs)  # pyright: ignore[reportReturnType]
+    return _apply(_CrossEntropyFunction, *inputs)
 
 
 @torch.compiler.disable
@@ -451,7 +454,7 @@ def token_divergences(
     Steps: [gather_hidden]  →  local_joint_stats  →  gather_stats, for Jensen–Shannon  →  local_js_sums  →  reduce_sums.
     """
     inputs = (hidden, weight, bias, teacher, divergence, plan, _anchor(hidden, plan))
-    return _DivergenceFunction.apply(*inputs)  # pyright: ignore[reportReturnType]
+    return _apply(_DivergenceFunction, *inputs)
 
 
 @torch.compiler.disable
@@ -466,6 +469,24 @@ def top_k_classes(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, p
         logit, row = plan.kernels.local_top_k(head, k, plan.workspace_bytes)
     _, index = gather_top_k(logit, torch.where(row >= 0, row + plan.shard.start, -1), plan.group)
     return index
+
+
+class _NoGraph:
+    """The context of a forward that no backward follows: it keeps nothing."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _apply(function: type[Function], *inputs: Any) -> Any:
+    """``function.apply``, which takes the host longer than a launch and is left out where there is no graph."""
+    # A tangent of forward-mode differentiation is an error in `apply`, not to be lost.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # pyright: ignore[reportPrivateUsage]
+        return function.apply(*inputs)
+    return function.forward(_NoGraph(), *inputs)
 
 
 def _anchor(hidden: Tensor, plan: Plan) -> Tensor | None:
