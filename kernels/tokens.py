@@ -104,15 +104,15 @@ def token_stats_kernel(
         BLOCK_T,
         BLOCK_P,
     )
-    of_token = mask_n & (offs_n % K == 0)
-    tl.store(max_ptr + offs_t, maximum, mask=of_token)
-    tl.store(sum_exp_ptr + offs_t, sum_exp, mask=of_token)
-    tl.store(lse_ptr + offs_t, tl.log(sum_exp), mask=of_token)
+    # What is a token's own, all its targets write.
+    tl.store(max_ptr + offs_t, maximum, mask=mask_n)
+    tl.store(sum_exp_ptr + offs_t, sum_exp, mask=mask_n)
+    tl.store(lse_ptr + offs_t, tl.log(sum_exp), mask=mask_n)
     if logit_sum_ptr is not None:
-        tl.store(logit_sum_ptr + offs_t, logit_sum, mask=of_token)
+        tl.store(logit_sum_ptr + offs_t, logit_sum, mask=mask_n)
     if sum_exp_logit_ptr is not None:
-        tl.store(sum_exp_logit_ptr + offs_t, sum_exp_logit, mask=of_token)
-        tl.store(expected_logit_ptr + offs_t, tl.div_rn(sum_exp_logit, sum_exp), mask=of_token)
+        tl.store(sum_exp_logit_ptr + offs_t, sum_exp_logit, mask=mask_n)
+        tl.store(expected_logit_ptr + offs_t, tl.div_rn(sum_exp_logit, sum_exp), mask=mask_n)
     if argmax_ptr is not None:
         smallest = tl.full((BLOCK_T, BLOCK_P), _NO_CLASS, tl.int64)
         for first in range(0, P, BLOCK_P):
@@ -123,7 +123,7 @@ def token_stats_kernel(
             is_largest = mask & (part_max == maximum[:, None])
             smallest = tl.minimum(smallest, tl.where(is_largest, part_argmax, _NO_CLASS))
         argmax = tl.where(sum_exp == sum_exp, tl.min(smallest, axis=1), -1)  # noqa: PLR0124 (a NaN is not)
-        tl.store(argmax_ptr + offs_t, argmax, mask=of_token)
+        tl.store(argmax_ptr + offs_t, argmax, mask=mask_n)
     num_bad = tl.zeros((), tl.int32)
     if target_ptr is not None:
         target_logit = _sum_of_parts(part_target_logit_ptr, offs_n, mask_n, P, stride_part, BLOCK_T, BLOCK_P)

@@ -509,10 +509,11 @@ def bad_shards(group: ProcessGroup, bounds: list[tuple[int, int]], message: str)
     """All ranks raise, and none is left waiting."""
     start, stop = bounds[group.rank()]
     shard = VocabShard(start, stop, 10)
-    with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(
-            torch.randn(10, H), torch.randn(shard.num_rows, H), torch.arange(10), group=group, shard=shard
-        )
+    target = torch.tensor([-100, *range(1, 10)])
+    inputs = (torch.randn(10, H), torch.randn(shard.num_rows, H), target)
+    for function in (linear_cross_entropy, linear_token_stats):
+        with pytest.raises(ValueError, match=message):
+            function(*inputs, group=group, shard=shard)
 
 
 @pytest.mark.parametrize(
