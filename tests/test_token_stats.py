@@ -307,19 +307,21 @@ def test_autocast(device: torch.device) -> None:
     assert grad.dtype == torch.float32
 
 
-def test_inside_a_compiled_function(device: torch.device) -> None:
+@pytest.mark.filterwarnings("error:Dynamo detected")
+def test_inside_a_compiled_function(impl: Impl, device: torch.device) -> None:
     problem = make_problem(20, 16, 67, device=device, ignore_index=5)
+    arguments: dict[str, Any] = {"outputs": ("log_prob", "entropy", "target_is_argmax"), "temperature": 0.7}
 
     def policy_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        outputs = ("log_prob", "entropy", "target_is_argmax")
-        stats = linear_token_stats(hidden * 2, weight, target, outputs=outputs, ignore_index=5, temperature=0.7)
+        options = ComputeOptions(impl=impl)
+        stats = linear_token_stats(hidden * 2, weight, target, ignore_index=5, options=options, **arguments)
         return (given(stats.log_prob) + 0.1 * given(stats.entropy))[~given(stats.target_is_argmax)].sum() * 3
 
-    arguments = (problem.hidden, problem.weight, problem.target)
-    expected = policy_loss(*arguments)
-    actual = torch.compile(policy_loss, backend="aot_eager")(*arguments)
+    inputs = (problem.hidden, problem.weight, problem.target)
+    expected = policy_loss(*inputs)
+    actual = torch.compile(policy_loss, backend="aot_eager")(*inputs)
     torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(value, arguments[:2]) for value in (actual, expected)))
+    torch.testing.assert_close(*(torch.autograd.grad(value, inputs[:2]) for value in (actual, expected)))
 
 
 def test_a_saturated_soft_cap(impl: Impl, device: torch.device) -> None:

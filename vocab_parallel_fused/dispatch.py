@@ -1,8 +1,7 @@
 """Which kernels run on which tensors."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +26,6 @@ class Kernels(NamedTuple):
     local_divergence_grads: Callable[..., None]
 
 
-@functools.cache
-def _triton_modules() -> tuple[Any, ...]:
-    """Imported when first needed, as Triton may be missing."""
-    from vocab_parallel_fused.kernels import backward, divergence, forward, selection, tiles, tokens
-
-    return backward, divergence, forward, selection, tiles, tokens
-
-
 def select_kernels(impl: Impl, input: Tensor) -> Kernels:
     """The implementation for ``input``'s device and dtype.
 
@@ -47,8 +38,8 @@ def select_kernels(impl: Impl, input: Tensor) -> Kernels:
         return Kernels(*(getattr(eager, name) for name in Kernels._fields))
     if input.dtype == torch.float64:
         raise TypeError("input must be float16, bfloat16 or float32 for impl='triton', got torch.float64")
-    try:
-        backward, divergence, forward, selection, tiles, tokens = _triton_modules()
+    try:  # here, as Triton may be missing
+        from vocab_parallel_fused.kernels import backward, divergence, forward, selection, tiles, tokens
     except ImportError as error:
         raise ImportError(f"impl={impl!r} needs Triton, which cannot be imported here: {error}") from error
     if not on_gpu and not tiles.INTERPRETED:
