@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +22,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+DTYPES = ("bfloat16", "float16", "float32")
 KERNELS = {
     "partial_stats_kernel",
     "merge_partials_kernel",
@@ -94,16 +95,16 @@ class Compiler:
         )
 
 
-def compile_all(arch: str) -> list[dict[str, Any]]:
-    """Each kernel in variants that cover what a launch on ``arch`` may choose."""
+def compile_matrices(compiler: Compiler, dtypes: Iterable[str]) -> None:
+    """Each kernel that reads or writes matrices of such elements."""
     import torch
 
-    from vocab_parallel_fused.kernels import backward, forward, kept, selection, tokens
+    from vocab_parallel_fused.kernels import backward
     from vocab_parallel_fused.kernels.configs import has_tensor_descriptors
 
-    compiler = Compiler(arch)
-    usual = has_tensor_descriptors(arch)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    usual = has_tensor_descriptors(compiler.arch)
+    for name in dtypes:
+        dtype = getattr(torch, name)
         cases = {(usual, "identity"), (usual, "softcap"), (usual, "scale"), (False, "softcap")}
         for descriptors, transform in sorted(cases):
             compile_tiles(compiler, dtype, descriptors, transform)
@@ -113,6 +114,12 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
             constants |= {} if present else _ONE_TARGET
             types = TYPES | {"dlogits_ptr": _element(dtype, pointer=True)}
             compiler.build(backward.target_dlogits_kernel, types, constants, {}, f"{dtype} {transform=}")
+
+
+def compile_others(compiler: Compiler) -> None:
+    """The kernels of a few numbers per token."""
+    from vocab_parallel_fused.kernels import backward, forward, kept, selection, tokens
+
     merged = ("target_logit", "owners", "class_sum", "logit_sum", "sum_exp_logit", "argmax")
     for first, present in ((True, ()), (False, merged)):
         constants = {"FIRST": first, **forward._MERGE_LAUNCH} | ({"num_partials": 1} if first else {})
@@ -156,7 +163,6 @@ def compile_all(arch: str) -> list[dict[str, Any]]:
     compiler.build(backward.add_repeated_kernel, TYPES, backward._TARGET_LAUNCH, {}, "")
     constants = {"BLOCK_V": selection._LARGEST_BLOCK, "BLOCK_K": 128}
     compiler.build(selection.keep_top_k_kernel, TYPES, constants, selection._KEEP_LAUNCH, "")
-    return compiler.report
 
 
 def compile_tiles(compiler: Compiler, dtype: Any, descriptors: bool, transform: str) -> None:
@@ -364,24 +370,31 @@ def _absent(names: Any, present: Any) -> dict[str, None]:
 
 
 @pytest.fixture(scope="module")
-def compilations() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All architectures at once: one is a minute's work for one core."""
+def compilations() -> Iterator[dict[str, list[subprocess.Popen[str]]]]:
+    """All architectures at once: one is a minute's work for one core, Hopper's two kernels more are several."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = {arch: subprocess.Popen([sys.executable, __file__, arch], env=environment, **pipes) for arch in TARGETS}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, __file__, *arguments], env=environment, **pipes)
+
+    processes = {arch: [start(arch, *DTYPES)] for arch in TARGETS if arch != "sm_90"}
+    processes["sm_90"] = [start("sm_90", "bfloat16"), start("sm_90", "float16", "float32")]
     yield processes
-    for process in processes.values():
+    for process in itertools.chain(*processes.values()):
         process.kill()
         process.communicate()
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("arch", TARGETS)
-def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> None:
+def test_compiles(arch: str, compilations: dict[str, list[subprocess.Popen[str]]]) -> None:
     pytest.importorskip("triton")
-    stdout, stderr = compilations[arch].communicate()
-    assert compilations[arch].returncode == 0, stderr[-3000:]
-    report = json.loads(stdout)
+    report = []
+    for process in compilations[arch]:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr[-3000:]
+        report += json.loads(stdout)
     assert {row["kernel"] for row in report} == KERNELS | (
         {"tiles_kernel", "matmul_kernel"} if arch == "sm_90" else set()
     )
@@ -402,5 +415,14 @@ def test_compiles(arch: str, compilations: dict[str, subprocess.Popen[str]]) -> 
         assert not any(row["serialized"] for row in sixteen_bit)
 
 
+def main(arch: str, *dtypes: str) -> None:
+    """Each kernel in variants that cover what a launch on ``arch`` may choose."""
+    compiler = Compiler(arch)
+    compile_matrices(compiler, dtypes)
+    if DTYPES[0] in dtypes:
+        compile_others(compiler)
+    print(json.dumps(compiler.report))
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+    main(*sys.argv[1:])
