@@ -138,7 +138,7 @@ def _gathered_stats(
         local, cache = plan.kernels.local_stats(
             head, target_row, class_weight, wanted, exp_cache_bytes, arrival, one_part=several_ranks
         )
-    if local.argmax is not None:
+    if local.argmax is not None and shard.start > 0:
         local = local._replace(argmax=local.argmax + shard.start)
     target_logit = local.target_logit[0] if len(local.target_logit) == 1 else None
     parts, sizes = gather_stats(local, shard.num_valid_rows, shard.vocab_size, plan.group, plan.combine)
