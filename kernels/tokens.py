@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vocab_parallel_fused.kernels.launcher import Launcher
+from vocab_parallel_fused.kernels.tiles import INTERPRETED
 from vocab_parallel_fused.stats import (
     DIGIT,
     NO_CLASS,
@@ -31,10 +32,11 @@ from vocab_parallel_fused.stats import (
     TokenStats,
 )
 
-_LAUNCH: dict[str, Any] = {"BLOCK_T": 1024, "BLOCK_P": 1, "num_warps": 8}
+# The interpreter takes each number that is reduced by itself.
+_LAUNCH: dict[str, Any] = {"BLOCK_T": 128 if INTERPRETED else 1024, "BLOCK_P": 1, "num_warps": 8}
 # Of few tokens each tile may have left a part: one program takes them all, so many numbers at a time.
 _FEW_TOKENS = (16, 64, 128)
-_FEW_TOKENS_NUMBERS = 2**13
+_FEW_TOKENS_NUMBERS = 2**8 if INTERPRETED else 2**13
 _GRADS_LAUNCH: dict[str, Any] = {"BLOCK_T": 512}
 _DIGIT = tl.constexpr(DIGIT)
 _NO_CLASS = tl.constexpr(NO_CLASS)

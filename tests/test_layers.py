@@ -69,6 +69,7 @@ ALLOWED = {
         "kernels.hopper_matmul",
         "kernels.hopper_tiles",
         "kernels.kept",
+        "kernels.launcher",
         "kernels.plan",
         "kernels.streams",
         "kernels.sweep",
@@ -87,7 +88,7 @@ ALLOWED = {
         "stats",
         "transform",
     },
-    "kernels.tokens": {"kernels.launcher", "stats"},
+    "kernels.tokens": {"kernels.launcher", "kernels.tiles", "stats"},
     "kernels.selection": {"kernels.configs", "kernels.plan", "kernels.tiles", "transform"},
     "dispatch": {
         "exp_cache",

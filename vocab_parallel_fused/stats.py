@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vocab_parallel_fused.transform import part_of
-
 # Larger than any id, also when the start of a shard is added to it.
 NO_CLASS = 2**62
 # fp32 counts to 2²⁴, so numbers of classes travel as two digits in this base.
@@ -141,7 +139,7 @@ class DlogitsCoefficients(NamedTuple):
 
     def of(self, tokens: slice) -> DlogitsCoefficients:
         """Those of some tokens."""
-        return self._make(None if field is None else part_of(field, tokens) for field in self)
+        return self._make(None if field is None else field[tokens] for field in self)
 
     def bound(self, class_weight: Tensor | None) -> Tensor:
         """[T] a bound of every ``|dz_j|``, since ``exp(u) <= 1`` and ``exp(u) |u| < 1`` for ``u <= 0``."""
