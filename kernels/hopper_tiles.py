@@ -120,9 +120,6 @@ def _reduce_tiles(
                 tile_max = gl.max(z, axis=1)
                 # A bias may be −inf for a whole tile.
                 finite = gl.where(tile_max == -float("inf"), 0.0, tile_max)
-            if target_row_ptr is not None:
-                # Before the exponentials, so that registers need not hold both.
-                target_logit += gl.sum(gl.where(offs_v[None, :] == target_row[:, None], z, 0.0), axis=1)
             shifted, rounding = log2_from(z, finite)
             largest = gl.exp2(rounding)
             exps = gl.exp2(shifted)
@@ -136,6 +133,8 @@ def _reduce_tiles(
                 maximum, sum_exp, sum_exp_logit = _merge(
                     maximum, sum_exp, sum_exp_logit, tile_max, tile_sum_exp, tile_sum_exp_logit
                 )
+                if target_row_ptr is not None:
+                    target_logit += gl.sum(gl.where(offs_v[None, :] == target_row[:, None], z, 0.0), axis=1)
                 if reference_ptr is not None:
                     exps *= (gl.exp2((tile_max - reference) * LOG2E) / largest)[:, None]
             elif slope_ptr is not None:
