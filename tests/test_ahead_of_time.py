@@ -371,7 +371,7 @@ def _absent(names: Any, present: Any) -> dict[str, None]:
 
 @pytest.fixture(scope="module")
 def compilations() -> Iterator[dict[str, list[subprocess.Popen[str]]]]:
-    """All architectures at once: one is a minute's work for one core, Hopper's two kernels more are several."""
+    """All architectures at once. Each is a minute's work for one core; Hopper, which has kernels of its own, is two."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
